@@ -1,0 +1,116 @@
+"""What every adapter shares: the contract, and softmax layers that ask transformers by name.
+
+transformers looks a softmax implementation up in a global table, by a name kept in the model's
+config, and calls it with the layer as first argument. So the table gets one entry,
+`IMPLEMENTATION`, that knows no mesh; the mesh is an attribute of the layer, put there by the
+adapter, and only models that were parallelized have the name in their config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from hybridsp.attention import softmax_attention
+from hybridsp.mesh import SPMesh
+
+IMPLEMENTATION = "hybridsp"
+"""The name under which sequence-parallel implementations are registered."""
+
+
+class Adapter:
+    """What a family's decoder layers are made of.
+
+    Attributes:
+        model_types: `config.model_type` of the models it vouches for.
+        tokenwise: children of a decoder layer that work on each token alone, which need nothing.
+        softmax: class names of mixers that call transformers' `AttentionInterface`.
+        linear: class names of mixers that call the registries of `hybridsp.ops`.
+    """
+
+    model_types: tuple[str, ...] = ()
+    tokenwise: tuple[str, ...] = ("mlp", "input_layernorm", "post_attention_layernorm")
+    softmax: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+
+    def problems(self, model: PreTrainedModel) -> list[str]:
+        """What this model asks for that sequence parallelism does not do yet, one line each."""
+        config, problems = model.config, []
+        if getattr(config, "attention_dropout", 0.0):
+            problems.append(
+                f"config.attention_dropout = {config.attention_dropout}: attention dropout is not "
+                "supported; set it to 0"
+            )
+        windowed = [
+            i
+            for i, kind in enumerate(getattr(config, "layer_types", None) or [])
+            if kind == "sliding_attention"
+        ]
+        window = getattr(config, "sliding_window", None)
+        if windowed or (window is not None and getattr(config, "layer_types", None) is None):
+            problems.append(
+                f"config.sliding_window = {window} in layers {windowed or 'all'}: windowed "
+                "attention is not supported; set sliding_window to None to attend to everything"
+            )
+        return problems
+
+    def mixers(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """The children of a decoder layer that mix tokens."""
+        return {n: child for n, child in layer.named_children() if n not in self.tokenwise}
+
+    def knows(self, mixer: nn.Module) -> bool:
+        """Whether `install` can make this mixer sequence-parallel."""
+        # By name, not by class: `trust_remote_code` loads a copy of the class.
+        return type(mixer).__name__ in (*self.softmax, *self.linear)
+
+    def install(self, mixer: nn.Module, mesh: SPMesh) -> None:
+        """Make a mixer sequence-parallel."""
+        mixer.sp_mesh = mesh  # type: ignore[assignment]
+        if type(mixer).__name__ in self.linear:
+            mixer.implementation = IMPLEMENTATION  # type: ignore[assignment]
+
+
+def sp_softmax_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    past_key_values: Any = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`softmax_attention` in the form of transformers' AttentionInterface; [B, H, L, D] in.
+
+    Raises:
+        ValueError: a mask, a cache, dropout or a window, which sequence parallelism does not do.
+    """
+    refused = {
+        "attention_mask": attention_mask is not None,
+        "past_key_values": past_key_values is not None,
+        "dropout": dropout != 0.0,
+        "sliding_window": sliding_window is not None,
+    }
+    if any(refused.values()):
+        names = ", ".join(name for name, present in refused.items() if present)
+        raise ValueError(
+            f"{names}: not supported under sequence parallelism; pass batches made by "
+            "hybridsp.shard_batch, and generate with the exported model on one device"
+        )
+    out = softmax_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mesh=module.sp_mesh,
+        cu_seqlens=cu_seq_lens_q,
+        scale=scaling,
+    )
+    return out, None
+
+
+AttentionInterface.register(IMPLEMENTATION, sp_softmax_attention)

@@ -1,0 +1,400 @@
+"""Stopping and going on: checkpoints of a run, and the trained model for everyone else.
+
+    output_dir/checkpoints/
+      latest                    name of the newest complete checkpoint
+      step-000010/
+        *.pt                    what DeepSpeed saves: each rank its share of weights and optimizer
+        rng-00000.pt ...        each rank's random generators
+        client_state.json       what the training script wants back (step, place in the data)
+        manifest.json           degrees it was saved at, size and sha256 of every file above
+      step-000020.partial/      a save that has not finished, or never will
+
+A save becomes a checkpoint by one rename, after every file is on disk and listed in the manifest;
+whatever interrupts it earlier leaves the one before in force. A load first checks every file
+against the manifest, the ranks sharing the work, and agrees on the outcome: either all ranks load,
+or all raise the same error and nothing was touched. Pickled code is never run: files may hold only
+tensors, plain values and the three DeepSpeed classes of `_allowed_classes`.
+
+All ranks must see the same file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hybridsp.mesh import SPMesh
+
+MANIFEST = "manifest.json"
+CLIENT_STATE = "client_state.json"
+PARTIAL = ".partial"
+FORMAT = 1
+
+
+def save_checkpoint(
+    engine: Any,
+    mesh: SPMesh,
+    output_dir: str | Path,
+    step: int,
+    client_state: dict[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Save everything a run needs to go on as if it had never stopped. Collective over the world.
+
+    Args:
+        engine: the DeepSpeed engine.
+        mesh: its mesh; the degrees are recorded.
+        output_dir: the run's directory.
+        step: optimizer steps taken so far.
+        client_state: plain JSON values, the same on every rank, that `load_checkpoint` returns.
+        keep: number of newest checkpoints to keep, this one included.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        ValueError: `client_state` is no JSON, DeepSpeed's checkpoint engine writes in the
+            background, or a file cannot be written.
+    """
+    root = Path(output_dir) / "checkpoints"
+    final = root / f"step-{step:06d}"
+    partial = root / (final.name + PARTIAL)
+    mesh.agree(_error_of(_check_engine, engine))
+    mesh.agree(_error_of(_prepare, root, client_state) if mesh.rank == 0 else None)
+    engine.save_checkpoint(str(root), tag=partial.name, client_state={}, save_latest=False)
+    mesh.agree(_error_of(_save_rank_state, partial, mesh.rank, client_state))
+    digests = _digest_together(mesh, partial)
+    manifest = {"format": FORMAT, "step": step, **_degrees(engine, mesh), "files": digests}
+    mesh.agree(_error_of(_publish, partial, final, manifest, keep) if mesh.rank == 0 else None)
+    return final
+
+
+def load_checkpoint(
+    engine: Any, mesh: SPMesh, output_dir: str | Path, which: str = "auto"
+) -> dict[str, Any] | None:
+    """Restore a checkpoint into a fresh engine. Collective over the world.
+
+    Args:
+        engine: a DeepSpeed engine that has neither trained nor saved yet.
+        mesh: its mesh.
+        output_dir: the run's directory.
+        which: `auto`: the latest checkpoint in `output_dir`, if there is one. `never`: none, and
+            there must be none. Else the directory of a checkpoint.
+
+    Returns:
+        The `client_state` that was saved, or None if there is nothing to resume from.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing, truncated, changed or holds code, or the
+            checkpoint was saved at other degrees or another ZeRO stage; or `which` is `never` and
+            there are checkpoints. Every rank raises, and none has loaded anything.
+    """
+    mesh.agree(_error_of(_check_engine, engine))
+    directory = _choose(mesh, Path(output_dir) / "checkpoints", which)
+    if directory is None:
+        return None
+    manifest: dict[str, Any] = {}
+    error = _error_of(lambda: manifest.update(_read_manifest(directory, _degrees(engine, mesh))))
+    mesh.agree(error)
+    mesh.agree(_error_of(_verify, directory, _share(mesh, manifest["files"])))
+    with _weights_only(engine):
+        loaded, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
+    assert loaded is not None, "the manifest lists every file that DeepSpeed saved"
+    _restore_rng(torch.load(directory / _rng_file(mesh.rank), weights_only=True))
+    return json.loads((directory / CLIENT_STATE).read_text(encoding="utf-8"))
+
+
+def export_pretrained(
+    engine: Any, mesh: SPMesh, output_dir: str | Path, tokenizer: Any = None
+) -> Path:
+    """Write the model as a Hugging Face checkpoint. Collective over the world.
+
+    The result is complete or absent: it is written beside its place and renamed. It is an ordinary
+    checkpoint of the architecture; of sequence parallelism nothing remains in it.
+
+    Args:
+        engine: the DeepSpeed engine, at any ZeRO stage.
+        mesh: its mesh.
+        output_dir: directory the model is to be in; an earlier model there is replaced.
+        tokenizer: saved with it, if given.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: the files cannot be written.
+    """
+    final = Path(output_dir)
+    partial = final.with_name(final.name + PARTIAL)
+    if engine.zero_optimization_stage() == 3:
+        weights = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        weights = engine.module.state_dict()
+
+    def write() -> None:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        engine.module.save_pretrained(partial, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _replace(partial, final)
+
+    mesh.agree(_error_of(write) if mesh.rank == 0 else None)
+    return final
+
+
+def _prepare(root: Path, client_state: dict[str, Any]) -> None:
+    try:
+        json.dumps(client_state)
+    except TypeError as error:
+        raise ValueError(f"client_state must hold plain JSON values: {error}") from None
+    root.mkdir(parents=True, exist_ok=True)
+    for abandoned in root.glob(f"*{PARTIAL}"):
+        shutil.rmtree(abandoned)
+
+
+def _save_rank_state(partial: Path, rank: int, client_state: dict[str, Any]) -> None:
+    torch.save(_rng_state(), partial / _rng_file(rank))
+    if rank == 0:
+        (partial / CLIENT_STATE).write_text(json.dumps(client_state, indent=2), encoding="utf-8")
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
+    """Turn a complete save into the latest checkpoint, and drop the oldest."""
+    _write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
+    _replace(partial, final)
+    _write_atomically(final.parent / "latest", final.name)
+    by_age = sorted(_complete(final.parent), key=lambda d: (d / MANIFEST).stat().st_mtime_ns)
+    for directory in by_age[:-keep]:
+        if directory != final:
+            shutil.rmtree(directory)
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Rename a directory into its place, over an older one if need be."""
+    aside = final.with_name(f"{final.name}.replaced{PARTIAL}")
+    _remove(aside)
+    if final.exists():
+        final.rename(aside)
+    partial.rename(final)
+    _remove(aside)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _choose(mesh: SPMesh, root: Path, which: str) -> Path | None:
+    """The checkpoint to load, if any. Collective."""
+    found, error = None, None
+    if mesh.rank == 0:
+        found = _latest(root) if which in ("auto", "never") else Path(which)
+        if which == "never" and found is not None:
+            remedy = "set resume: auto, choose another output_dir, or delete its checkpoints"
+            error = f"resume = 'never', but {root} holds {found.name}: {remedy}"
+    mesh.agree(error)
+    return _from_rank_zero(found)
+
+
+def _latest(root: Path) -> Path | None:
+    """What `latest` names; without it, as after its deletion, the highest complete step."""
+    pointer = root / "latest"
+    if pointer.is_file():
+        named = root / pointer.read_text(encoding="utf-8").strip()
+        if named.is_dir():
+            return named
+    return max(_complete(root), default=None)
+
+
+def _complete(root: Path) -> list[Path]:
+    return [m.parent for m in root.glob(f"step-*/{MANIFEST}") if m.parent.suffix != PARTIAL]
+
+
+def _degrees(engine: Any, mesh: SPMesh) -> dict[str, int]:
+    """What a checkpoint's files are cut by: they fit a run with the same numbers only."""
+    return {
+        "world_size": mesh.world_size,
+        "dp": mesh.dp,
+        "ring": mesh.ring,
+        "ulysses": mesh.ulysses,
+        "zero_stage": int(engine.zero_optimization_stage()),
+    }
+
+
+def _read_manifest(directory: Path, degrees: dict[str, int]) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        saved = {name: manifest[name] for name in degrees}
+        complete = manifest["format"] == FORMAT and CLIENT_STATE in manifest["files"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory} is no checkpoint: {path} cannot be read ({error})") from None
+    if not complete:
+        raise ValueError(f"{path} is not of format {FORMAT}: resume with the version that saved it")
+    if different := [name for name, here in degrees.items() if saved[name] != here]:
+        then = ", ".join(f"{name} = {saved[name]}" for name in different)
+        now = ", ".join(f"{name} = {degrees[name]}" for name in different)
+        raise ValueError(
+            f"{directory} was saved at {then}, but this run has {now}: resume at the same degrees, "
+            "or start from an exported model"
+        )
+    return manifest
+
+
+def _digest_together(mesh: SPMesh, directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file in a directory, each hashed by one rank. Collective."""
+    found = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    share = _share(mesh, dict.fromkeys(_from_rank_zero(found)))
+    digests: dict[str, dict[str, Any]] = {}
+
+    def digest_share() -> None:
+        for name in share:
+            _flush(directory / name)  # `latest` must not name what is only in memory yet
+            digests[name] = _digest(directory / name)
+
+    mesh.agree(_error_of(digest_share))
+    gathered: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(gathered, digests)
+    return {name: digest for part in gathered for name, digest in part.items()}
+
+
+def _from_rank_zero(value: Any) -> Any:
+    """Rank 0's view of the file system; other hosts may see new files later. Collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _share(mesh: SPMesh, files: dict[str, Any]) -> dict[str, Any]:
+    """The files this rank reads on behalf of all."""
+    return {name: files[name] for name in sorted(files)[mesh.rank :: mesh.world_size]}
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            sha256.update(chunk)
+    return {"size": path.stat().st_size, "sha256": sha256.hexdigest()}
+
+
+def _verify(directory: Path, files: dict[str, dict[str, Any]]) -> None:
+    remedy = "delete that directory to resume from the checkpoint before it"
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: {remedy}")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise ValueError(f"{path} has {size} bytes, not {expected['size']}: {remedy}")
+        if _digest(path) != expected:
+            raise ValueError(f"{path} is not what was saved (sha256 differs): {remedy}")
+        if path.suffix == ".pt":
+            _refuse_code(path)
+
+
+def _refuse_code(path: Path) -> None:
+    allowed = {f"{c.__module__}.{c.__qualname__}" for c in _allowed_classes()}
+    found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
+    if found:
+        raise ValueError(f"{path} holds code ({', '.join(sorted(found))}): do not trust it")
+
+
+def _allowed_classes() -> list[Any]:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextlib.contextmanager
+def _weights_only(engine: Any) -> Iterator[None]:
+    """Let DeepSpeed load without running pickled code; by itself it allows any."""
+
+    def load(path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(_allowed_classes()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine.load = load
+    try:
+        yield
+    finally:
+        del engine.checkpoint_engine.load
+
+
+def _check_engine(engine: Any) -> None:
+    if engine.checkpoint_engine.is_decoupled():
+        raise ValueError(
+            "the DeepSpeed configuration's checkpoint.writer is decoupled: it would write after "
+            "the files are hashed; set checkpoint.writer.decoupled to false"
+        )
+    if engine.use_node_local_storage():
+        raise ValueError(
+            "the DeepSpeed configuration's checkpoint.use_node_local_storage is true: every rank "
+            "must see all files to verify them; set it to false"
+        )
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.pt"
+
+
+def _rng_state() -> dict[str, Any]:
+    """The random generators' states as tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    on_gpu = torch.cuda.is_available()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+def _error_of(fn: Callable[..., Any], *args: Any) -> Exception | None:
+    """Call a function that works on files; its error, for `SPMesh.agree`."""
+    try:
+        fn(*args)
+    except (OSError, RuntimeError, ValueError) as error:  # torch.save: RuntimeError if disk is full
+        return error
+    return None
+
+
+__all__ = ["export_pretrained", "load_checkpoint", "save_checkpoint"]

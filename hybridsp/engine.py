@@ -1,0 +1,188 @@
+"""DeepSpeed under sequence parallelism: the gradient that one huge device would have produced.
+
+DeepSpeed sums each gradient over all ranks and divides by a number D that depends on the ZeRO
+stage (measured on 0.19.8, where SP ranks count as data-carrying ranks):
+
+    ZeRO 0, 1, 2, and 3 with "reduce_scatter": false     D = dp
+    ZeRO 3 with "reduce_scatter": true (its default)     D = dp * sp
+
+and `backward` divides by the number of micro-batches GA. So each rank backpropagates
+D * GA * (sum of its losses) / N, with N the labels of the whole step: what arrives at the
+optimizer, and so clipping and the reported norm, is the gradient of the mean loss, at every stage.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel
+
+from hybridsp.loss import TokenMean, count_labels
+from hybridsp.mesh import SPMesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank.
+
+    Attributes:
+        loss: mean over all labels of the step, before it.
+        num_tokens: tokens read, padding included, over all ranks.
+        num_labels: labels that counted.
+        grad_norm: of the gradient of the mean loss, before clipping.
+    """
+
+    loss: float
+    num_tokens: int
+    num_labels: int
+    grad_norm: float
+
+
+def initialize(
+    model: PreTrainedModel,
+    mesh: SPMesh,
+    config: Mapping[str, Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Any:
+    """A DeepSpeed engine whose gradients are exact at every ZeRO stage and mesh.
+
+    Args:
+        model: a model that `hybridsp.parallelize` prepared for the same mesh.
+        mesh: the grid of ranks.
+        config: a DeepSpeed configuration.
+        optimizer: an optimizer over the model's parameters; None for the configuration's.
+
+    Returns:
+        The `deepspeed.DeepSpeedEngine`. Train with `train_step`; or, with one micro-batch per
+        step, with the usual `engine(**batch).loss`, `engine.backward`, `engine.step`.
+
+    Raises:
+        ValueError: the model was not parallelized for this mesh, or the configuration sets what
+            the mesh decides.
+    """
+    import deepspeed
+
+    config = _checked_config(model, mesh, config)
+    if mesh.device.type == "cpu":
+        _skip_shared_memory_collectives()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=config,
+        mpu=mesh.mpu,
+        dist_init_required=False,
+    )
+    token_mean: TokenMean = model.token_mean
+    token_mean.micro_batches = engine.gradient_accumulation_steps()
+    token_mean.gradient_factor = float(_divisor(engine, mesh) * token_mean.micro_batches)
+    return engine
+
+
+def train_step(engine: Any, micro_batches: Sequence[Mapping[str, Any]]) -> StepResult:
+    """One optimizer step. Collective over all ranks.
+
+    Args:
+        engine: made by `initialize`.
+        micro_batches: as many parts made by `shard_batch` as the configuration's
+            gradient_accumulation_steps.
+
+    Raises:
+        ValueError: another number of micro-batches, or the engine stands inside a step.
+    """
+    expected = engine.gradient_accumulation_steps()
+    if len(micro_batches) != expected:
+        raise ValueError(
+            f"train_step got {len(micro_batches)} micro-batches, but gradient_accumulation_steps "
+            f"is {expected}: pass the micro-batches of one whole step"
+        )
+    if engine.micro_steps % expected:
+        raise ValueError(
+            "train_step was called inside a step that engine.backward had begun: use one or the "
+            "other throughout a step"
+        )
+    num_labels, num_tokens = _count(engine, micro_batches)
+    loss = 0.0
+    for batch in micro_batches:
+        batch_loss = engine(**batch, num_items_in_batch=num_labels).loss
+        loss += batch_loss.item()
+        engine.backward(batch_loss)
+        if engine.is_gradient_accumulation_boundary():
+            grad_norm = _unreported_norm(engine)
+        engine.step()
+    return StepResult(
+        loss=loss,
+        num_tokens=num_tokens,
+        num_labels=num_labels,
+        grad_norm=float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+    )
+
+
+@torch.no_grad()
+def eval_step(engine: Any, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Mean loss over all labels of the batches and all ranks. Collective over all ranks."""
+    num_labels, _ = _count(engine, batches)
+    was_training = engine.module.training
+    engine.eval()
+    loss = sum(engine(**b, num_items_in_batch=num_labels).loss.item() for b in batches)
+    engine.train(was_training)
+    return loss
+
+
+def _count(engine: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Labels and tokens of some batches over all ranks."""
+    mesh: SPMesh = engine.module.token_mean.mesh
+    labels = sum(int(count_labels(batch["shift_labels"])) for batch in batches)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    counts = torch.tensor([labels, tokens], device=mesh.device)
+    dist.all_reduce(counts, group=mesh.data_group)
+    return int(counts[0]), int(counts[1])
+
+
+def _unreported_norm(engine: Any) -> Tensor | None:
+    """The gradient norm where DeepSpeed reports none: ZeRO-0 with a plain optimizer in fp32."""
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    return get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+
+
+def _divisor(engine: Any, mesh: SPMesh) -> int:
+    """What DeepSpeed divides a gradient by after summing it over all ranks."""
+    scattered = engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter()
+    return mesh.world_size if scattered else mesh.dp
+
+
+def _checked_config(
+    model: PreTrainedModel, mesh: SPMesh, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    token_mean = getattr(model, "token_mean", None)
+    if token_mean is None or token_mean.mesh is not mesh:
+        raise ValueError(
+            "the model was not parallelized for this mesh: call hybridsp.parallelize(model, mesh) "
+            "before hybridsp.initialize(model, mesh, config)"
+        )
+    for key in ("sequence_parallel_size", "data_parallel_size"):
+        if key in config:
+            raise ValueError(
+                f"config sets {key} = {config[key]}, but the mesh decides it: remove it (dp = "
+                f"{mesh.dp}, sp = {mesh.sp})"
+            )
+    return copy.deepcopy(dict(config))
+
+
+def _skip_shared_memory_collectives() -> None:
+    """Spare the CPU user a compiler: DeepSpeed builds this op at start, for inference only."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+__all__ = ["StepResult", "eval_step", "initialize", "train_step"]

@@ -1,0 +1,66 @@
+"""Installing sequence parallelism into a Hugging Face model, from outside.
+
+The model stays the object it was: its layers are told, by name, to use the sequence-parallel
+implementations, and carry the mesh. What no adapter vouches for is refused before anything is
+touched, because a token mixer that restarts at each rank's first token trains without complaint.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hybridsp.adapters import ADAPTERS, IMPLEMENTATION, Adapter
+from hybridsp.layout import head_shares
+from hybridsp.loss import install_tiled_loss
+from hybridsp.mesh import SPMesh
+
+
+def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
+    """Make a causal language model compute on sequences cut over the mesh, in place.
+
+    Afterwards the model takes batches made by `hybridsp.shard_batch` and returns the exact mean
+    loss over all ranks.
+
+    Args:
+        model: a causal language model of a family in `hybridsp.adapters`.
+        mesh: the grid of ranks.
+
+    Raises:
+        ValueError: the family, a layer or an option of the model is not supported, or its heads
+            do not fit the mesh; names all of them, and the model is unchanged.
+    """
+    adapter = ADAPTERS.get(model.config.model_type)
+    layers = _decoder_layers(model)
+    if adapter is None:
+        mixers = [mixer for layer in layers for mixer in Adapter().mixers(layer).values()]
+        kinds = sorted({type(mixer).__name__ for mixer in mixers})
+        raise ValueError(
+            f"model_type = {model.config.model_type!r} ({type(model).__name__}, token mixers "
+            f"{', '.join(kinds) or 'not found'}) is not supported; supported are "
+            f"{', '.join(sorted(ADAPTERS))}. Convert a softmax checkpoint with `hybridsp convert`"
+        )
+    problems = adapter.problems(model) + _unknown_mixers(adapter, layers)
+    if problems:
+        raise ValueError("this model cannot be parallelized:\n  " + "\n  ".join(problems))
+    head_shares(model.config.num_attention_heads, model.config.num_key_value_heads, mesh.ulysses)
+
+    install_tiled_loss(model, mesh)
+    for layer in layers:
+        for mixer in adapter.mixers(layer).values():
+            adapter.install(mixer, mesh)
+    model.config._attn_implementation = IMPLEMENTATION
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return list(getattr(model.get_decoder(), "layers", []))
+
+
+def _unknown_mixers(adapter: Adapter, layers: list[nn.Module]) -> list[str]:
+    known = ", ".join((*adapter.softmax, *adapter.linear))
+    return [
+        f"layer {index}: {name} is {type(mixer).__name__}, which is none of {known}"
+        for index, layer in enumerate(layers)
+        for name, mixer in adapter.mixers(layer).items()
+        if not adapter.knows(mixer)
+    ]

@@ -1,0 +1,29 @@
+"""What holds for every test: fixed seeds, no warnings of our own, no uninitialised memory.
+
+`strict` (distributed.py) does the work, because the ranks of a test need it as much as the test.
+"""
+
+import pytest
+import torch
+from distributed import strict
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # An exception in a destructor or in a thread is printed and forgotten unless a test fails.
+    for warning in ("PytestUnraisableExceptionWarning", "PytestUnhandledThreadExceptionWarning"):
+        config.addinivalue_line("filterwarnings", f"error::pytest.{warning}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs CUDA: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with strict():
+        yield
