@@ -130,6 +130,15 @@ class RunLogger:
         if self.is_main:
             _draw_losses(self._rows, self.directory / "loss.png")
 
+    def summary(self) -> str:
+        """One line: the first and the last evaluation, or training loss where there is none."""
+        rows = self._rows if self.is_main else []
+        for name, what in (("eval_loss", "evaluation loss"), ("loss", "training loss")):
+            points = [f"{row[name]:.4f} at step {row['step']}" for row in rows if name in row]
+            if points:
+                return f"{what}: {points[0]}, {points[-1]}"
+        return "no loss was recorded"
+
     def close(self) -> None:
         """Draw the losses a last time and close the files."""
         if not self.is_main:

@@ -1,7 +1,5 @@
 """The engine against one process: loss and every gradient, at every mesh and ZeRO stage."""
 
-import itertools
-
 import pytest
 import torch
 from distributed import DEEPSPEED, PRELOAD, expect_raises, run_ranks
@@ -113,3 +111,118 @@ def test_gradients_equal_one_process(ring, ulysses, batches):
 @pytest.mark.parametrize(("ring", "ulysses", "dp"), [(1, 1, 2), (2, 1, 2), (1, 2, 2)])
 def test_gradients_equal_one_process_in_data_parallel(ring, ulysses, dp, batches):
     check(ring, ulysses, dp, batches, STAGES)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "fixed"])
+def test_gradients_equal_one_process_with_other_decays(decay):
+    check(2, 2, 1, PACKED, [(3, True)], linear_decay=decay, linear_conv_kernel_dim=0)
+
+
+def ten_steps(ring, ulysses, stage, dp_micro_batches):
+    """Losses and norms of ten optimizer steps of several micro-batches."""
+    mesh = hybridsp.SPMesh(ring=ring, ulysses=ulysses)
+    batches = [hybridsp.shard_batch(b, mesh) for b in dp_micro_batches[mesh.dp_rank]]
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    hybridsp.parallelize(model, mesh)
+    adamw = {"lr": 2e-3, "weight_decay": 0.0, "torch_adam": True}
+    config = deepspeed_config(
+        stage,
+        gradient_accumulation_steps=len(batches),
+        gradient_clipping=0.5,
+        optimizer={
+            "type": "AdamW",
+            "params": adamw,
+        },
+        zero_allow_untested_optimizer=True,
+    )
+    engine = hybridsp.initialize(model, mesh, config)
+    steps = [hybridsp.train_step(engine, batches) for _ in range(10)]
+    return [(step.loss, step.grad_norm) for step in steps], hybridsp.eval_step(engine, batches)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ten_optimizer_steps_equal_one_process(stage):
+    """Dp 2 x ring 2, three micro-batches, clipping, checkpointing: losses and norms to 1e-4."""
+    extra = batch_of(1, LENGTH, seed=5, ignored=[slice(0, LENGTH - 3)])
+    micro_batches = [[*PACKED, UNPACKED[0]], [extra, *PACKED]]
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    expected = []
+    for _ in range(11):
+        losses = [reference_loss_sum(model, b) for row in micro_batches for b in row]
+        loss = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        expected.append((loss.item(), norm.item()))
+    for steps, final in run_ranks(ten_steps, 4, 2, 1, stage, micro_batches, timeout=180):
+        for step, (got, want) in enumerate(zip(steps, expected, strict=False)):
+            assert got == pytest.approx(want, rel=1e-4), f"step {step} at stage {stage}"
+        assert final == pytest.approx(expected[10][0], rel=1e-4)
+    assert expected[10][0] < 0.9 * expected[0][0], "the reference learns something"
+
+
+def logits_on_mesh(ring, ulysses, batches):
+    mesh = hybridsp.SPMesh(ring=ring, ulysses=ulysses)
+    model = tiny_model()
+    hybridsp.parallelize(model, mesh)
+    logits = []
+    for batch in batches:
+        part = hybridsp.shard_batch(batch, mesh)
+        part.pop("shift_labels")
+        with torch.no_grad():
+            logits.append(model(**part).logits)
+    return logits
+
+
+def test_documents_do_not_leak():
+    """Changing one token changes its own document, from there on, and nothing else at all."""
+    start, changed, stop = 5, 11, 24
+    batch = PACKED[0]
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][0, changed] = (other["input_ids"][0, changed] + 1) % 61
+    for ring, ulysses in meshes(4):
+        ranks = run_ranks(logits_on_mesh, 4, ring, ulysses, [batch, other])
+        before, after = (torch.cat([rank[i] for rank in ranks], dim=1) for i in range(2))
+        differs = (before != after).any(dim=-1)[0]
+        assert differs[changed:stop].all(), "the change reaches across rank edges"
+        differs[changed:stop] = False
+        assert not differs.any(), f"leaked to {differs.nonzero().tolist()}"
+        assert start < changed
+
+
+def misuse(case):
+    mesh = hybridsp.SPMesh(ring=2)
+    model = tiny_model()
+    if case != "not parallelized":
+        hybridsp.parallelize(model, hybridsp.SPMesh() if case == "other mesh" else mesh)
+    extra = {"sequence_parallel_size": 2} if case == "fights the mesh" else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = deepspeed_config(gradient_accumulation_steps=2, **extra)
+    engine = hybridsp.initialize(model, mesh, config, optimizer=optimizer)
+    batch = hybridsp.shard_batch(PACKED[0], mesh)
+    if case == "count of micro-batches":
+        hybridsp.train_step(engine, [batch])
+    if case == "labels not counted":
+        engine(**batch)
+    if case == "inside a step":
+        engine.backward(engine(**batch, num_items_in_batch=10).loss)
+        engine.step()
+        hybridsp.train_step(engine, [batch, batch])
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("not parallelized", "call hybridsp.parallelize"),
+        ("other mesh", "call hybridsp.parallelize"),
+        ("fights the mesh", "sequence_parallel_size = 2, but the mesh decides it"),
+        ("count of micro-batches", "got 1 micro-batches.* is 2"),
+        ("labels not counted", "call hybridsp.train_step"),
+        ("inside a step", "inside a step"),
+    ],
+)
+def test_misuse_is_refused_on_every_rank(case, message):
+    expect_raises(misuse, 2, ValueError, message, case)

@@ -93,6 +93,7 @@ def test_other_ranks_write_nothing(tmp_path):
     logger.log_step(1, loss=1.0, **STEP)
     logger.advance()
     logger.draw()
+    assert logger.summary() == "no loss was recorded"
     logger.close()
     assert not (tmp_path / "run").exists()
 
@@ -121,6 +122,18 @@ def test_the_bar_shows_loss_speed_memory_rate_and_gradient(tmp_path, capsys):
     for part in ("loss 3.9000", "2,048 tokens/s", "GiB", "lr 1.00e-03", "|grad| 0.500", "1/10"):
         assert part in shown
     assert "step 0: eval loss 5.0000" in shown
+
+
+def test_the_summary_says_where_the_loss_began_and_ended(tmp_path):
+    logger = RunLogger(tmp_path, total_steps=3, is_main=True)
+    assert logger.summary() == "no loss was recorded"
+    for step in (1, 2, 3):
+        logger.log_step(step, loss=4.0 - step, **STEP)
+    assert logger.summary() == "training loss: 3.0000 at step 1, 1.0000 at step 3"
+    logger.log_evaluation(0, 5.0)
+    logger.log_evaluation(3, 2.0)
+    assert logger.summary() == "evaluation loss: 5.0000 at step 0, 2.0000 at step 3"
+    logger.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

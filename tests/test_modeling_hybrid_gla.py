@@ -3,7 +3,15 @@
 import pytest
 import torch
 from hybridsp.models.hybrid_gla import HybridGLAConfig, HybridGLAForCausalLM
-from tiny_hybrid_gla import SHAPE, VARIANTS, VOCAB, random_tokens, randomise, tiny_model
+from tiny_hybrid_gla import (
+    SHAPE,
+    VARIANTS,
+    VOCAB,
+    random_tokens,
+    randomise,
+    tiny_config,
+    tiny_model,
+)
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -132,6 +140,21 @@ def test_padding_inside_a_row_leaves_the_state_alone(decay):
     torch.testing.assert_close(logits[mask == 1], model(tokens).logits[0])
 
 
+@pytest.mark.parametrize("taps", [0, 4])
+@torch.no_grad()
+def test_right_padding_leaves_the_state_alone(taps):
+    model = tiny_model(linear_conv_kernel_dim=taps, attention_bias=True)
+    tokens = random_tokens(2, 7)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+    positions = (mask.cumsum(-1) - 1) * mask
+    padded = model(tokens, attention_mask=mask, position_ids=positions)
+    alone = model(tokens[1:, :4])
+    torch.testing.assert_close(padded.logits[1:, :4], alone.logits)
+    for layer in (0, 2, 3):
+        state = padded.past_key_values.get_recurrent_state(layer)[1:]
+        torch.testing.assert_close(state, alone.past_key_values.get_recurrent_state(layer))
+
+
 def test_padding_gets_no_gradient():
     model = tiny_model(linear_conv_kernel_dim=4, attention_bias=True)
     embeds = torch.randn(1, 6, 32, requires_grad=True)
@@ -193,13 +216,15 @@ def test_packed_documents_with_padding_between_them():
     torch.testing.assert_close(logits[:, 6:], model(tokens[:, 4:]).logits)
 
 
-def test_every_layer_kind_sees_the_boundaries(monkeypatch):
+@pytest.mark.parametrize("given", [{"cu_seq_lens_q": BOUNDS}, {"position_ids": POSITIONS}])
+def test_every_layer_kind_sees_the_boundaries(given):
     model, seen = tiny_model(), []
     for layer in model.model.layers:
         mixer = getattr(layer, "linear_attn", None) or layer.self_attn
         mixer.register_forward_pre_hook(lambda _, args, kw: seen.append(kw), with_kwargs=True)
-    model(random_tokens(1, 16), position_ids=POSITIONS)
+    model(random_tokens(1, 16), **given)
     for kwargs in seen:
+        assert torch.equal(kwargs["position_ids"], POSITIONS)
         assert torch.equal(kwargs["cu_seq_lens_q"], BOUNDS)
         assert torch.equal(kwargs["cu_seq_lens_k"], BOUNDS)
         assert kwargs["max_length_q"] == kwargs["max_length_k"] == 8
@@ -319,3 +344,10 @@ def test_outputs_on_request():
     assert isinstance(model(random_tokens(1, 6), return_dict=False), tuple)
     with pytest.raises(ValueError, match="exactly one of input_ids"):
         model()
+
+
+def test_config_edited_into_nonsense_is_refused():
+    config = tiny_config()
+    config.linear_decay = "none"
+    with pytest.raises(ValueError, match="linear_decay = 'none' is unknown"):
+        HybridGLAForCausalLM(config)

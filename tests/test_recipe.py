@@ -1,6 +1,8 @@
 """Recipes: what is read, what is refused, and what DeepSpeed makes of the result."""
 
+import dataclasses
 import json
+from importlib import resources
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +86,15 @@ def test_every_way_to_write_a_number_is_a_number(recipe_file, text):
 def test_what_cannot_be_trained_is_refused_by_name(recipe_file, change, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe_file(**change))
+
+
+@pytest.mark.parametrize("name", ["demo", "full"])
+def test_shipped_recipes_are_valid(name):
+    text = (resources.files("hybridsp.train") / f"recipes/{name}.yaml").read_text()
+    recipe = Recipe(**yaml.safe_load(text))
+    assert DeepSpeedConfig(deepspeed_config(recipe, CPU)).zero_optimization_stage == 3
+    if name == "full":
+        assert set(yaml.safe_load(text)) == {field.name for field in dataclasses.fields(Recipe)}
 
 
 def test_files_and_overrides_that_cannot_be_read_are_named(recipe_file, tmp_path):

@@ -1,7 +1,6 @@
 """Models small enough for a test, and batches that hurt: shared by the tests of whole models."""
 
 import torch
-
 from hybridsp.models.hybrid_gla import HybridGLAConfig, HybridGLAForCausalLM
 
 VOCABULARY = 61
@@ -27,6 +26,9 @@ def tiny_config(**changes):
         "max_position_embeddings": 128,
         "pad_token_id": None,
         "initializer_range": 0.2,
+        # A head of 4 random channels is now and then almost zero; normalising it by its own size
+        # would blow up rounding errors until fp32 itself is off by more than the tests allow.
+        "rms_norm_eps": 1e-2,
     }
     return HybridGLAConfig(**{**options, **changes})
 

@@ -30,6 +30,8 @@ from torch.autograd.function import once_differentiable
 from hybridsp.collectives.cost import all_gather_seconds, chain_blocks, chain_seconds, link_of
 
 Algorithm = Literal["auto", "chain", "allgather"]
+# torch 2.13 renamed it and warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 ALGORITHMS = ("auto", "chain", "allgather")
 
 
@@ -138,7 +140,7 @@ def _all_gather_scan(
 ) -> Tensor:
     mine = torch.cat([state.flatten(), decay.flatten()])
     gathered = mine.new_empty(group.size() * mine.numel())
-    dist.all_gather_into_tensor(gathered, mine, group=group)
+    _all_gather(gathered, mine, group=group)
     before = range(group.size() - 1, group.rank(), -1) if reverse else range(group.rank())
     incoming = torch.zeros_like(state)
     for rank in before:

@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 def register() -> None:
     """Make the Auto classes load this family, and its checkpoints carry their own code.
 
-    `register_for_auto_class` makes `save_pretrained` copy both files of the family beside the
+    `register_for_auto_class` makes `save_pretrained` copy the files of the family beside the
     weights and write `auto_map` into config.json. Calling this again changes nothing.
     """
     AutoConfig.register(HybridGLAConfig.model_type, HybridGLAConfig, exist_ok=True)
     HybridGLAConfig.register_for_auto_class()
-    families = {AutoModel: HybridGLAModel, AutoModelForCausalLM: HybridGLAForCausalLM}
-    for auto_class, model_class in families.items():
+    model_classes = {AutoModel: HybridGLAModel, AutoModelForCausalLM: HybridGLAForCausalLM}
+    for auto_class, model_class in model_classes.items():
         auto_class.register(HybridGLAConfig, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
 

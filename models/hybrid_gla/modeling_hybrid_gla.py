@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -170,6 +169,7 @@ class HybridGLAModel(HybridGLAPreTrainedModel):
 
     def __init__(self, config: HybridGLAConfig):
         super().__init__(config)
+        config.validate_architecture()  # fields may have been set since it was constructed
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [HybridGLADecoderLayer(config, i) for i in range(config.num_hidden_layers)]
@@ -232,7 +232,7 @@ class HybridGLAModel(HybridGLAPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
             if cu_seqlens is not None:
-                position_ids = position_ids - cu_seqlens[documents]
+                position_ids = position_ids - cu_seqlens.to(position_ids.device)[documents]
             elif past_key_values is not None:
                 position_ids = position_ids + self._num_cached(past_key_values)
         rotations = {
@@ -340,9 +340,8 @@ def documents_in_positions(
     starts = (position_ids == 0) & (real == 1) & (real.cumsum(-1) > 1)
     if not starts.any():
         return None
-    require_packed_row(inputs_embeds, None)
-    inner = starts[0].nonzero()[:, 0]
-    return F.pad(F.pad(inner, (1, 0), value=0), (0, 1), value=length).int()
+    bounds = [0, *starts.any(dim=0).nonzero()[:, 0].tolist(), length]
+    return torch.tensor(bounds, dtype=torch.int32, device=position_ids.device)
 
 
 def require_packed_row(inputs_embeds: Tensor, past_key_values: Cache | None):
@@ -361,8 +360,8 @@ def require_packed_row(inputs_embeds: Tensor, past_key_values: Cache | None):
 
 def document_ids(cu_seqlens: Tensor, inputs_embeds: Tensor) -> Tensor:
     """[documents + 1] -> [L], the number of the document that each token belongs to."""
-    position = torch.arange(inputs_embeds.shape[1], device=cu_seqlens.device)
-    return torch.bucketize(position, cu_seqlens[1:], right=True)
+    position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    return torch.bucketize(position, cu_seqlens[1:].to(position.device), right=True)
 
 
 def packed_kwargs(cu_seqlens: Tensor, kwargs: dict) -> dict:

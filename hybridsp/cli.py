@@ -1,0 +1,110 @@
+"""The `hybridsp` command.
+
+    hybridsp convert SRC DST --softmax-layers 0.25
+
+A subcommand is one function that adds its parser and one that runs it; list the first in
+`SUBCOMMANDS` and it is there. Whatever is slow to import is imported by the second, so that help
+and mistyped options are answered at once. A mistake of the user (`ValueError`, or a file that
+cannot be used) is one line and exit code 2; `--traceback` shows where it was noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+
+def add_convert(subcommands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    """`hybridsp convert`: a softmax checkpoint into a hybrid one."""
+    parser = subcommands.add_parser(
+        "convert",
+        parents=[common],
+        allow_abbrev=False,
+        help="turn a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a hybrid one",
+        description="Turn a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HybridGLA one: most "
+        "layers become gated linear attention and reuse the weights of softmax attention. "
+        "The result has to be trained.",
+    )
+    parser.add_argument(
+        "src",
+        metavar="SRC",
+        help="folder with config.json and safetensors, or a GGUF file",
+    )
+    parser.add_argument("dst", metavar="DST", help="folder to write")
+    parser.add_argument(
+        "--softmax-layers",
+        default="0.25",
+        metavar="WHICH",
+        help="layers that keep softmax attention: a share, evenly spread (0.25), "
+        "indices (3,7,11) or a spacing (every:4); default %(default)s",
+    )
+    parser.add_argument(
+        "--linear-decay",
+        choices=("vector", "scalar", "fixed"),
+        default="vector",
+        help="how linear layers forget: a gate per channel, a gate per head, or a constant per "
+        "head; default %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "auto"),
+        default="auto",
+        help="of the weights written; auto is the source's (float32 for GGUF)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the new weights; default %(default)s"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST")
+    parser.set_defaults(run=run_convert)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Run `hybridsp convert`."""
+    from hybridsp.convert import convert
+
+    convert(
+        args.src,
+        args.dst,
+        softmax_layers=args.softmax_layers,
+        linear_decay=args.linear_decay,
+        dtype=args.dtype,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+
+
+SUBCOMMANDS = (add_convert,)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="hybridsp",
+        description="Fine-tune models that mix linear and softmax attention, at long context.",
+    )
+    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    for add in SUBCOMMANDS:
+        add(subcommands, common)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            traceback.print_exc()
+        message = " ".join(str(error).split())
+        print(f"hybridsp {args.command}: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

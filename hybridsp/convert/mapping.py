@@ -1,0 +1,239 @@
+"""How a softmax model becomes a hybrid: the fields of its config and the names of its weights.
+
+The four supported families are one architecture with small differences, and `hybrid_gla` has a
+field for each of these:
+
+    family    bias on q, k, v    bias on o         bias in MLP    RMSNorm on q and k
+    llama     attention_bias     attention_bias    mlp_bias       no
+    mistral   no                 no                no             no
+    qwen2     yes                no                no             no
+    qwen3     attention_bias     attention_bias    no             yes
+
+Every weight is reused. A layer that stays softmax keeps its names, so a conversion that keeps all
+layers computes the source's logits bit for bit. In a layer that becomes linear, q, k, v and o (and
+Qwen3's norms) move from `self_attn` to `linear_attn`: linear attention is softmax attention without
+the softmax, and a KV head serves the same query heads as before (HALO, arXiv:2601.22156, section
+3). New are the decay gates and a norm on the output; their initial values and why are in
+`initialise_output_norms`. Position embedding (RoPE) stays on in linear layers and there is no
+output gate: the reused o_proj was trained on ungated values. Of the choices tried on
+SmolLM2-135M this one recovers fastest.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from hybridsp.convert.layer_choice import SoftmaxLayers, choose_softmax_layers
+from hybridsp.models.hybrid_gla import HybridGLAConfig, HybridGLAForCausalLM
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Same name, same meaning in every family and in hybrid_gla.
+COMMON_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+# Softmax attention averages values, which shrinks them: its output has 0.15 to 0.3 of the values'
+# magnitude in SmolLM2-135M, in every layer but the first.
+OUTPUT_OVER_VALUES = 0.25
+
+
+def convert_model(
+    model: PreTrainedModel,
+    softmax_layers: SoftmaxLayers = 0.25,
+    *,
+    linear_decay: str = "vector",
+    seed: int = 0,
+    share_weights: bool = False,
+) -> HybridGLAForCausalLM:
+    """Build the hybrid of a causal language model in memory.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 `...ForCausalLM`; left as it is.
+        softmax_layers: which layers stay softmax; see `choose_softmax_layers`.
+        linear_decay: "vector" (a gate per key channel), "scalar" (per head) or "fixed" (RetNet).
+        seed: of the new weights; the global random state is left alone.
+        share_weights: the hybrid uses the source's tensors instead of copies, to save memory
+            where the source is not needed any more.
+
+    Returns:
+        The hybrid in evaluation mode, in the source's dtype, device and attention implementation.
+
+    Raises:
+        ValueError: an architecture, a layer choice or an option that is not supported.
+    """
+    config = hybrid_config(model.config, softmax_layers, linear_decay=linear_decay)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # transformers leaves them untied where a checkpoint contradicts its config.
+    config.tie_word_embeddings = head.weight is embedding.weight
+
+    weights = reused_weights(model, config)
+    if not share_weights:
+        weights = {name: weight.clone() for name, weight in weights.items()}
+    with torch.random.fork_rng(devices=[]), _quiet_transformers():
+        torch.default_generator.manual_seed(seed)
+        hybrid, loaded = HybridGLAForCausalLM.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            output_loading_info=True,
+        )
+    assert not loaded["unexpected_keys"], loaded
+    assert not loaded["mismatched_keys"], loaded
+    initialise_output_norms(hybrid)
+    hybrid.generation_config = copy.deepcopy(model.generation_config)
+    return hybrid.to(model.device)
+
+
+def hybrid_config(
+    source: PretrainedConfig, softmax_layers: SoftmaxLayers, *, linear_decay: str = "vector"
+) -> HybridGLAConfig:
+    """The config of the hybrid; see `convert_model` for arguments and errors."""
+    family = family_fields(source)
+    refuse_sliding_window(source)
+    kept = choose_softmax_layers(softmax_layers, source.num_hidden_layers)
+    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    return HybridGLAConfig(
+        **{name: getattr(source, name) for name in COMMON_FIELDS},
+        **family,
+        head_dim=head_dim,
+        attention_dropout=source.attention_dropout or 0.0,
+        rope_parameters=copy.deepcopy(source.rope_parameters),
+        layer_types=[
+            "full_attention" if i in kept else "linear_attention"
+            for i in range(source.num_hidden_layers)
+        ],
+        linear_num_heads=source.num_attention_heads,
+        linear_num_key_value_heads=source.num_key_value_heads,
+        linear_key_head_dim=head_dim,
+        linear_value_head_dim=head_dim,
+        linear_decay=linear_decay,
+        linear_rope=True,
+        linear_qk_norm=family["qk_norm"],
+        linear_output_norm=True,
+        linear_output_gate=False,
+    )
+
+
+def family_fields(source: PretrainedConfig) -> dict[str, bool]:
+    """The row of the module's table that belongs to `source`, in hybrid_gla's field names."""
+    bias = getattr(source, "attention_bias", False)
+    match source.model_type:
+        case "llama":
+            row = (bias, bias, source.mlp_bias, False)
+        case "mistral":
+            row = (False, False, False, False)
+        case "qwen2":
+            row = (True, False, False, False)
+        case "qwen3":
+            row = (bias, bias, False, True)
+        case unknown:
+            raise ValueError(
+                f"model_type = {unknown!r} cannot be converted; "
+                f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+            )
+    names = ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm")
+    return dict(zip(names, row, strict=True))
+
+
+def refuse_sliding_window(source: PretrainedConfig) -> None:
+    """Refuse a source any of whose layers attends within a window, which hybrid_gla has not."""
+    window = getattr(source, "sliding_window", None)
+    if source.model_type == "mistral":
+        active = window is not None
+    else:
+        active = "sliding_attention" in (getattr(source, "layer_types", None) or ())
+    if active:
+        switch = "sliding_window to null"
+        if source.model_type != "mistral":
+            switch = "use_sliding_window to false and drop layer_types"
+        raise ValueError(
+            f"sliding_window = {window} is active in this {source.model_type} model, and hybrids "
+            "see the whole sequence; if that is what you want, set "
+            f"{switch} in the source's config.json (shorter sequences stay as they are)"
+        )
+
+
+def reused_weights(model: PreTrainedModel, config: HybridGLAConfig) -> dict[str, Tensor]:
+    """The source's weights under the hybrid's names; tied embeddings appear once."""
+
+    def rename(match: re.Match) -> str:
+        linear = config.layer_types[int(match[1])] == "linear_attention"
+        return f"model.layers.{match[1]}.{'linear_attn' if linear else 'self_attn'}."
+
+    return {
+        re.sub(r"^model\.layers\.(\d+)\.self_attn\.", rename, name): weight.detach()
+        for name, weight in model.named_parameters()
+    }
+
+
+@torch.no_grad()
+def initialise_output_norms(hybrid: HybridGLAForCausalLM) -> None:
+    """Give each linear layer's output the magnitude that the reused o_proj is used to.
+
+    Linear attention adds values where softmax attention averages them, so its output grows with
+    the sequence; the norm takes that away, and its weight is set to `OUTPUT_OVER_VALUES` times
+    the root mean square of the layer's values. The layer's input x leaves an RMSNorm of weight w,
+    so E[x_j^2] = w_j^2, and with inputs taken as uncorrelated
+
+        E[v_i^2] = sum_j (W_v[i, j] w_j)^2 + b_i^2.
+
+    The decay gates need nothing here: the model starts them near 1, with memories spread from 2^5
+    to 2^12 tokens over the channels (RetNet's range, arXiv:2307.08621).
+    """
+    for layer in hybrid.model.layers:
+        if layer.layer_type == "linear_attention":
+            v_proj = layer.linear_attn.v_proj
+            energy = (v_proj.weight.float() * layer.input_layernorm.weight.float()).square().sum(1)
+            if v_proj.bias is not None:
+                energy = energy + v_proj.bias.float().square()
+            rms = energy.mean().sqrt().item()
+            layer.linear_attn.output_norm.weight.fill_(OUTPUT_OVER_VALUES * rms)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No load report and no progress bar: new weights are no accident here."""
+    verbosity: Any = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+__all__ = [
+    "SUPPORTED_MODEL_TYPES",
+    "convert_model",
+    "hybrid_config",
+    "reused_weights",
+]
