@@ -71,13 +71,13 @@ def save_checkpoint(
     root = Path(output_dir) / "checkpoints"
     final = root / f"step-{step:06d}"
     partial = root / (final.name + PARTIAL)
-    mesh.agree(_error_of(_check_engine, engine))
-    mesh.agree(_error_of(_prepare, root, client_state) if mesh.rank == 0 else None)
+    _check_engine(engine)
+    _on_rank_zero(mesh, _prepare, root, client_state, keep)
     engine.save_checkpoint(str(root), tag=partial.name, client_state={}, save_latest=False)
-    mesh.agree(_error_of(_save_rank_state, partial, mesh.rank, client_state))
+    _on_every_rank(mesh, _save_rank_state, partial, mesh.rank, client_state)
     digests = _digest_together(mesh, partial)
     manifest = {"format": FORMAT, "step": step, **_degrees(engine, mesh), "files": digests}
-    mesh.agree(_error_of(_publish, partial, final, manifest, keep) if mesh.rank == 0 else None)
+    _on_rank_zero(mesh, _publish, partial, final, manifest, keep)
     return final
 
 
@@ -101,14 +101,12 @@ def load_checkpoint(
             checkpoint was saved at other degrees or another ZeRO stage; or `which` is `never` and
             there are checkpoints. Every rank raises, and none has loaded anything.
     """
-    mesh.agree(_error_of(_check_engine, engine))
-    directory = _choose(mesh, Path(output_dir) / "checkpoints", which)
+    _check_engine(engine)
+    directory = _on_rank_zero(mesh, _choose, Path(output_dir) / "checkpoints", which)
     if directory is None:
         return None
-    manifest: dict[str, Any] = {}
-    error = _error_of(lambda: manifest.update(_read_manifest(directory, _degrees(engine, mesh))))
-    mesh.agree(error)
-    mesh.agree(_error_of(_verify, directory, _share(mesh, manifest["files"])))
+    manifest = _on_rank_zero(mesh, _read_manifest, directory, _degrees(engine, mesh))
+    _on_every_rank(mesh, _verify, directory, _share(mesh, manifest["files"]))
     with _weights_only(engine):
         loaded, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
     assert loaded is not None, "the manifest lists every file that DeepSpeed saved"
@@ -151,11 +149,13 @@ def export_pretrained(
             tokenizer.save_pretrained(partial)
         _replace(partial, final)
 
-    mesh.agree(_error_of(write) if mesh.rank == 0 else None)
+    _on_rank_zero(mesh, write)
     return final
 
 
-def _prepare(root: Path, client_state: dict[str, Any]) -> None:
+def _prepare(root: Path, client_state: dict[str, Any], keep: int) -> None:
+    if keep < 1:
+        raise ValueError(f"keep = {keep} must be at least 1")
     try:
         json.dumps(client_state)
     except TypeError as error:
@@ -206,16 +206,15 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _choose(mesh: SPMesh, root: Path, which: str) -> Path | None:
-    """The checkpoint to load, if any. Collective."""
-    found, error = None, None
-    if mesh.rank == 0:
-        found = _latest(root) if which in ("auto", "never") else Path(which)
-        if which == "never" and found is not None:
-            remedy = "set resume: auto, choose another output_dir, or delete its checkpoints"
-            error = f"resume = 'never', but {root} holds {found.name}: {remedy}"
-    mesh.agree(error)
-    return _from_rank_zero(found)
+def _choose(root: Path, which: str) -> Path | None:
+    """The checkpoint to load, if any."""
+    if which not in ("auto", "never"):
+        return Path(which)
+    found = _latest(root)
+    if which == "never" and found is not None:
+        remedy = "set resume: auto, choose another output_dir, or delete its checkpoints"
+        raise ValueError(f"resume = 'never', but {root} holds {found.name}: {remedy}")
+    return found
 
 
 def _latest(root: Path) -> Path | None:
@@ -265,26 +264,11 @@ def _read_manifest(directory: Path, degrees: dict[str, int]) -> dict[str, Any]:
 
 def _digest_together(mesh: SPMesh, directory: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file in a directory, each hashed by one rank. Collective."""
-    found = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
-    share = _share(mesh, dict.fromkeys(_from_rank_zero(found)))
-    digests: dict[str, dict[str, Any]] = {}
-
-    def digest_share() -> None:
-        for name in share:
-            _flush(directory / name)  # `latest` must not name what is only in memory yet
-            digests[name] = _digest(directory / name)
-
-    mesh.agree(_error_of(digest_share))
+    paths = _on_rank_zero(mesh, lambda: [p for p in directory.rglob("*") if p.is_file()])
+    share = _share(mesh, {str(path.relative_to(directory)): path for path in paths})
     gathered: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(gathered, digests)
+    dist.all_gather_object(gathered, _on_every_rank(mesh, _digest_all, share))
     return {name: digest for part in gathered for name, digest in part.items()}
-
-
-def _from_rank_zero(value: Any) -> Any:
-    """Rank 0's view of the file system; other hosts may see new files later. Collective."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _share(mesh: SPMesh, files: dict[str, Any]) -> dict[str, Any]:
@@ -292,9 +276,11 @@ def _share(mesh: SPMesh, files: dict[str, Any]) -> dict[str, Any]:
     return {name: files[name] for name in sorted(files)[mesh.rank :: mesh.world_size]}
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _digest_all(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    for path in files.values():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # `latest` must not name what is only in memory yet
+    return {name: _digest(path) for name, path in files.items()}
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -311,8 +297,7 @@ def _verify(directory: Path, files: dict[str, dict[str, Any]]) -> None:
         path = directory / name
         if not path.is_file():
             raise ValueError(f"{path} is missing: {remedy}")
-        size = path.stat().st_size
-        if size != expected["size"]:
+        if (size := path.stat().st_size) != expected["size"]:
             raise ValueError(f"{path} has {size} bytes, not {expected['size']}: {remedy}")
         if _digest(path) != expected:
             raise ValueError(f"{path} is not what was saved (sha256 differs): {remedy}")
@@ -322,8 +307,7 @@ def _verify(directory: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def _refuse_code(path: Path) -> None:
     allowed = {f"{c.__module__}.{c.__qualname__}" for c in _allowed_classes()}
-    found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
-    if found:
+    if found := set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed:
         raise ValueError(f"{path} holds code ({', '.join(sorted(found))}): do not trust it")
 
 
@@ -351,16 +335,13 @@ def _weights_only(engine: Any) -> Iterator[None]:
 
 
 def _check_engine(engine: Any) -> None:
+    what = "the DeepSpeed configuration's checkpoint"
     if engine.checkpoint_engine.is_decoupled():
-        raise ValueError(
-            "the DeepSpeed configuration's checkpoint.writer is decoupled: it would write after "
-            "the files are hashed; set checkpoint.writer.decoupled to false"
-        )
+        why = "it would still write after its files were hashed"
+        raise ValueError(f"{what}.writer.decoupled is true: {why}; set it to false")
     if engine.use_node_local_storage():
-        raise ValueError(
-            "the DeepSpeed configuration's checkpoint.use_node_local_storage is true: every rank "
-            "must see all files to verify them; set it to false"
-        )
+        why = "every rank must see all files to verify them"
+        raise ValueError(f"{what}.use_node_local_storage is true: {why}; set it to false")
 
 
 def _rng_file(rank: int) -> str:
@@ -370,10 +351,9 @@ def _rng_file(rank: int) -> str:
 def _rng_state() -> dict[str, Any]:
     """The random generators' states as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
-    on_gpu = torch.cuda.is_available()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "python": random.getstate(),
     }
@@ -388,13 +368,32 @@ def _restore_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-def _error_of(fn: Callable[..., Any], *args: Any) -> Exception | None:
-    """Call a function that works on files; its error, for `SPMesh.agree`."""
+def _on_every_rank(mesh: SPMesh, fn: Callable[..., Any], *args: Any) -> Any:
+    """What `fn` returns; where it fails on any rank, it fails on all. Collective."""
+    result, failure = None, None
     try:
-        fn(*args)
-    except (OSError, RuntimeError, ValueError) as error:  # torch.save: RuntimeError if disk is full
-        return error
-    return None
+        result = fn(*args)
+    except _FILE_ERRORS as error:
+        failure = error
+    mesh.agree(failure)
+    return result
 
+
+def _on_rank_zero(mesh: SPMesh, fn: Callable[..., Any], *args: Any) -> Any:
+    """What `fn` returns or raises on rank 0, on every rank: one view of the files. Collective."""
+    result, failure = None, None
+    try:
+        result = fn(*args) if mesh.rank == 0 else None
+    except _FILE_ERRORS as error:
+        failure = error
+    outcome = [result, None if failure is None else str(failure)]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1]) from failure
+    return outcome[0]
+
+
+# torch.save reports a full disk as a RuntimeError.
+_FILE_ERRORS = (OSError, RuntimeError, ValueError)
 
 __all__ = ["export_pretrained", "load_checkpoint", "save_checkpoint"]

@@ -5,30 +5,22 @@ file, lays `key=value` overrides from the command line over it and checks every 
 before a process group exists, so that a typing error costs a second and not a place in the queue.
 Paths are relative to the directory the command is started in.
 
-`deepspeed_config` then completes a DeepSpeed configuration with what the recipe says (batch size,
-precision, optimizer, schedule). Each number lives in one place: a DeepSpeed file that contradicts
-the recipe is an error, not a silent override, and so is a key that DeepSpeed never reads.
+`hybridsp.deepspeed_config` turns it into DeepSpeed's configuration.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from glob import glob
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationError
 from pydantic.dataclasses import dataclass
-
-if TYPE_CHECKING:
-    from hybridsp.mesh import SPMesh
 
 
 def _not_bool(value: Any) -> Any:
@@ -59,6 +51,9 @@ class Recipe:
     eval_data: str | None = None
     """Held-out documents, a file or a glob pattern: evaluated before the first and after the last
     step. None: no evaluation."""
+
+    eval_sequences: Count | None = None
+    """Sequences of `eval_data` to evaluate, the first ones. None: all of them."""
 
     output_dir: str
     """Directory for metrics, checkpoints and the trained model (`output_dir/model`)."""
@@ -136,10 +131,11 @@ class Recipe:
         if self.warmup_steps >= self.max_steps:
             remedy = f"must be less than max_steps = {self.max_steps}"
             raise ValueError(f"warmup_steps = {self.warmup_steps} {remedy}")
-        if self.eval_every and not self.eval_data:
-            raise ValueError(
-                f"eval_every = {self.eval_every} needs eval_data: name it, or drop this"
-            )
+        for name in ("eval_every", "eval_sequences"):
+            if getattr(self, name) and not self.eval_data:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} needs eval_data: name it, or drop this"
+                )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -183,16 +179,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {_one_line(error)}") from None
+        raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a mapping of recipe keys to values, as `model: PATH`")
     known = [field.name for field in dataclasses.fields(Recipe)]
-    _refuse_unknown(settings, known, f"{path}: unknown key")
+    refuse_unknown(settings, known, f"{path}: unknown key")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} must have the form key=value")
-        _refuse_unknown([key], known, "command line: unknown key")
+        refuse_unknown([key], known, "command line: unknown key")
         settings[key] = yaml.safe_load(value)
     try:
         recipe = Recipe(**settings)
@@ -202,167 +198,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return recipe
-
-
-def deepspeed_config(recipe: Recipe, mesh: SPMesh) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run.
-
-    Starts from `recipe.deepspeed`, where "auto" means the same as leaving the key out, and fills in
-    what the recipe decides. AdamW is PyTorch's (fused on a GPU), which needs no compiler, and
-    DeepSpeed's CPUAdam where the optimizer is offloaded from a GPU.
-
-    Args:
-        recipe: the run's settings.
-        mesh: its degrees and device.
-
-    Returns:
-        What `hybridsp.initialize` takes as `config`.
-
-    Raises:
-        ValueError: the configuration cannot be read, contradicts the recipe, or holds a key or
-            value that DeepSpeed does not take.
-    """
-    config, source = _read_deepspeed(recipe.deepspeed)
-
-    def fill(path: str, value: Any, field: str) -> None:
-        *sections, key = path.split(".")
-        section = config
-        for name in sections:
-            section = section.setdefault(name, {})
-            if not isinstance(section, dict):
-                raise ValueError(f"{source}: {name} = {section!r} must be a mapping")
-        if key in section and not _equal(section[key], value):
-            raise ValueError(
-                f"{source}: {path} = {section[key]!r} contradicts the recipe's {field}, which "
-                f"makes it {value!r}: delete it there, the recipe decides"
-            )
-        section[key] = value
-
-    micro_batch, accumulation = recipe.micro_batch_size, recipe.gradient_accumulation_steps
-    fill("train_micro_batch_size_per_gpu", micro_batch, "micro_batch_size")
-    fill("gradient_accumulation_steps", accumulation, "gradient_accumulation_steps")
-    if "train_batch_size" in config:
-        fill("train_batch_size", micro_batch * accumulation * mesh.dp, "batch sizes")
-    bf16 = "bfloat16" if "bfloat16" in config else "bf16"
-    fill(f"{bf16}.enabled", recipe.dtype == "bfloat16", "dtype")
-    if "fp16" in config:
-        fill("fp16.enabled", False, "dtype")
-    fill("optimizer.type", "AdamW", "optimizer (always AdamW)")
-    fill("optimizer.params.lr", recipe.learning_rate, "learning_rate")
-    fill("optimizer.params.betas", list(recipe.betas), "betas")
-    fill("optimizer.params.weight_decay", recipe.weight_decay, "weight_decay")
-    for key, value in _scheduler(recipe).items():
-        fill(f"scheduler.{key}", value, "schedule")
-    offload = _parse_deepspeed(config, source).zero_config.offload_optimizer
-    offloads = offload is not None and offload.device != "none"
-    _choose_adam(config, offloads, on_gpu=mesh.device.type == "cuda")
-    return config
-
-
-def first_iteration(recipe: Recipe) -> int:
-    """Where DeepSpeed's schedule is to stand for the first optimizer step.
-
-    Left alone, DeepSpeed's schedulers give the first two steps a learning rate of 0. Call
-    `engine.lr_scheduler.step(first_iteration(recipe))` on a fresh engine, and step s (from 1) of w
-    warm-up steps gets s/w of the peak. Their shortest warm-up is 2 steps; a shorter one starts
-    behind it.
-    """
-    return 1 if recipe.warmup_steps >= 2 else 2
-
-
-def _scheduler(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's schedule for this recipe, so that the last step's rate is small but not zero."""
-    warmup = {
-        "params.warmup_num_steps": max(2, recipe.warmup_steps),
-        "params.warmup_type": "linear",
-    }
-    linear = {"params.warmup_max_lr": recipe.learning_rate, **warmup}
-    end = first_iteration(recipe) + recipe.max_steps
-    if recipe.schedule == "constant":
-        return {"type": "WarmupLR", **linear}
-    if recipe.schedule == "linear":
-        return {"type": "WarmupDecayLR", "params.total_num_steps": end, **linear}
-    cosine = {"params.total_num_steps": end + 1, "params.cos_min_ratio": 0.0}
-    return {"type": "WarmupCosineLR", **cosine, **warmup}
-
-
-def _choose_adam(config: dict[str, Any], offloads: bool, on_gpu: bool) -> None:
-    if offloads and on_gpu:
-        return
-    params = config["optimizer"]["params"]
-    if params.setdefault("torch_adam", True) and on_gpu:
-        params.setdefault("fused", True)
-    if offloads and params["torch_adam"]:
-        # Without a GPU nothing is offloaded in truth; CPUAdam would only cost its compilation.
-        config.setdefault("zero_force_ds_cpu_optimizer", False)
-
-
-def _read_deepspeed(value: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The user's DeepSpeed configuration without its "auto" values, and where it came from."""
-    if isinstance(value, Mapping):
-        return _without_auto(value), "deepspeed"
-    shipped = resources.files("hybridsp.ds_configs")
-    names = sorted(f.name[:-5] for f in shipped.iterdir() if f.name.endswith(".json"))
-    if value in names:
-        text = (shipped / f"{value}.json").read_text(encoding="utf-8")
-    elif Path(value).is_file():
-        text = Path(value).read_text(encoding="utf-8")
-    else:
-        remedy = f"is neither a JSON file nor a shipped configuration ({', '.join(names)})"
-        raise ValueError(f"deepspeed = {value!r} {remedy}")
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed = {value!r} is no valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"deepspeed = {value!r} must hold a JSON object")
-    return _without_auto(config), f"deepspeed = {value!r}"
-
-
-def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, Mapping) else copy.deepcopy(value)
-        for key, value in config.items()
-        if value != "auto"
-    }
-
-
-class _Lookups(dict):
-    """A dictionary that notes which keys its reader asks for."""
-
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        super().__init__(content)
-        self.seen: set[str] = set()
-
-    def __copy__(self) -> _Lookups:
-        return self
-
-    def __contains__(self, key: object) -> bool:
-        self.seen.add(str(key))
-        return super().__contains__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.seen.add(key)
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        return self
-
-
-def _parse_deepspeed(config: Mapping[str, Any], source: str) -> Any:
-    """DeepSpeed's own view of the configuration; a key that it never asks for is a typing error.
-
-    DeepSpeed itself ignores unknown top-level keys, and keeps no list of the known ones.
-    """
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-
-    lookups = _Lookups({k: v for k, v in config.items() if k != "train_batch_size"})
-    try:
-        parsed = DeepSpeedConfig(lookups)
-    except (DeepSpeedConfigError, ValueError, AssertionError, AttributeError, TypeError) as error:
-        raise ValueError(f"{source}: DeepSpeed refuses it: {_one_line(error)}") from error
-    _refuse_unknown(config, lookups.seen, f"{source}: unknown DeepSpeed key")
-    return parsed
 
 
 def _describe(error: ValidationError) -> str:
@@ -378,7 +213,8 @@ def _describe(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _refuse_unknown(keys: Iterable[str], known: Iterable[str], what: str) -> None:
+def refuse_unknown(keys: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise ValueError for the first key that is not known, with the nearest one that is."""
     known = sorted(known)
     for key in keys:
         if key not in known:
@@ -387,14 +223,9 @@ def _refuse_unknown(keys: Iterable[str], known: Iterable[str], what: str) -> Non
             raise ValueError(f"{what} {key!r}; {hint}")
 
 
-def _equal(theirs: Any, ours: Any) -> bool:
-    if isinstance(theirs, str) and isinstance(ours, str):
-        return theirs.lower() == ours.lower()
-    return bool(theirs == ours)
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The message of an error, its line breaks removed."""
     return " ".join(str(error).split())
 
 
-__all__ = ["Recipe", "deepspeed_config", "first_iteration", "load_recipe"]
+__all__ = ["Recipe", "load_recipe"]

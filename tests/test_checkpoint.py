@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import deepspeed
@@ -15,8 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import DEEPSPEED, PRELOAD, run_ranks
+from tiny import batch_of, reference_loss_sum, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import hybridsp
 from hybridsp.checkpoint import export_pretrained, load_checkpoint, save_checkpoint
 from hybridsp.mesh import SPMesh
 
@@ -261,6 +264,7 @@ def lifetimes(directory):
         lambda: load("never"),
         lambda: load(str(directory / "nowhere")),
         lambda: save_checkpoint(engine, mesh, directory, 5, {"step": {1, 2}}),
+        lambda: save_checkpoint(engine, mesh, directory, 5, {}, keep=0),
     ):
         try:
             call()
@@ -273,11 +277,12 @@ def lifetimes(directory):
 def test_interrupted_saves_deletions_and_returns(tmp_path):
     first, second = run_ranks(lifetimes, WORLD_SIZE, tmp_path)
     assert first == second
-    never, nowhere, not_json = first
+    never, nowhere, not_json, keep = first
+    assert keep == "keep = 0 must be at least 1"
     assert "resume = 'never', but" in never
     assert "holds step-000004: set resume: auto" in never
     assert "nowhere is no checkpoint" in nowhere
-    assert "rank 0: client_state must hold plain JSON values" in not_json
+    assert not_json.startswith("client_state must hold plain JSON values")
 
 
 def export(directory):
@@ -309,3 +314,50 @@ def test_an_export_is_an_ordinary_checkpoint_with_the_trained_weights(tmp_path):
         assert sorted(p.name for p in path.parent.iterdir() if p.name.startswith(path.name)) == [
             path.name
         ]
+
+
+BATCH = batch_of(1, 32, seed=5, cu_seqlens=[0, 20, 32])
+
+
+def export_sequence_parallel(directory):
+    mesh = hybridsp.SPMesh(ring=WORLD_SIZE)
+    model = tiny_model()
+    hybridsp.parallelize(model, mesh)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 4096}
+    engine = hybridsp.initialize(model, mesh, {**BASE, "zero_optimization": zero})
+    batches = [hybridsp.shard_batch(BATCH, mesh)]
+    hybridsp.train_step(engine, batches)
+    export_pretrained(engine, mesh, directory)
+    return hybridsp.eval_step(engine, batches)
+
+
+def test_nothing_of_sequence_parallelism_is_left_in_an_export(tmp_path):
+    loss, _ = run_ranks(export_sequence_parallel, WORLD_SIZE, tmp_path / "exported")
+    tiny_model().save_pretrained(tmp_path / "plain")
+    names = [{p.name for p in (tmp_path / kind).iterdir()} for kind in ("exported", "plain")]
+    assert names[0] == names[1]
+    for name in names[0] - {"model.safetensors"}:
+        assert (tmp_path / "exported" / name).read_text() == (tmp_path / "plain" / name).read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    expected, labels = reference_loss_sum(model, BATCH)
+    assert loss == pytest.approx(expected.item() / labels, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("decoupled", "node_local", "message"),
+    [
+        (True, False, "checkpoint.writer.decoupled is true: it would still write"),
+        (False, True, "checkpoint.use_node_local_storage is true: every rank must see"),
+    ],
+)
+def test_checkpoints_that_could_not_be_verified_are_refused(decoupled, node_local, message):
+    engine = SimpleNamespace(
+        checkpoint_engine=SimpleNamespace(is_decoupled=lambda: decoupled),
+        use_node_local_storage=lambda: node_local,
+    )
+    for call in (
+        lambda: load_checkpoint(engine, None, "run"),
+        lambda: save_checkpoint(engine, None, "run", 1, {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -24,7 +24,8 @@ LAYERS = [
     "ops collectives",
     "attention loss memory",
     "models",
-    "parallelize adapters engine sharding data convert checkpoint recipe metrics planner",
+    "parallelize adapters engine sharding data convert checkpoint recipe deepspeed_config "
+    "metrics planner",
     "hybridsp",  # the public surface, hybridsp/__init__.py
     "cli bench train",
 ]

@@ -11,7 +11,8 @@ import yaml
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from hybridsp.recipe import Recipe, deepspeed_config, first_iteration, load_recipe
+from hybridsp.deepspeed_config import deepspeed_config, first_iteration
+from hybridsp.recipe import Recipe, load_recipe
 
 CPU = SimpleNamespace(dp=2, device=torch.device("cpu"))
 GPU = SimpleNamespace(dp=2, device=torch.device("cuda", 0))

@@ -32,10 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hybridsp
 from hybridsp.checkpoint import export_pretrained, load_checkpoint, save_checkpoint
 from hybridsp.data import PackedLoader, load_documents, pack_documents
+from hybridsp.deepspeed_config import deepspeed_config, first_iteration
 from hybridsp.launch import rank_from_environment
 from hybridsp.mesh import SPMesh
 from hybridsp.metrics import RunLogger
-from hybridsp.recipe import Recipe, deepspeed_config, first_iteration, load_recipe
+from hybridsp.recipe import Recipe, load_recipe
 
 T = TypeVar("T")
 
@@ -52,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mesh = SPMesh(ring=recipe.ring, ulysses=recipe.ulysses)
         keep_quiet(is_main=mesh.rank == 0)
         transformers.set_seed(recipe.seed)
+        config = deepspeed_config(recipe, mesh)
 
         tokenizer, model = agreed(mesh, load_pretrained, recipe)
-        train_loader, eval_batches = agreed(mesh, load_data, recipe, tokenizer, mesh)
         num_parameters = model.num_parameters()
         hybridsp.parallelize(model, mesh)
-        engine = hybridsp.initialize(model, mesh, deepspeed_config(recipe, mesh))
+        train_loader, eval_batches = agreed(mesh, load_data, recipe, tokenizer, mesh)
+        engine = hybridsp.initialize(model, mesh, config)
         engine.lr_scheduler.step(first_iteration(recipe))
         first_step = resume(recipe, mesh, engine, train_loader)
         if mesh.rank == 0:
@@ -166,7 +168,11 @@ def load_data(
     if recipe.eval_data is None:
         return train_loader, []
     held_out = loader(recipe.eval_data, shuffle=False)
-    one_pass = itertools.islice(held_out, held_out.steps_per_epoch)
+    per_step = recipe.micro_batch_size * mesh.dp
+    steps = held_out.steps_per_epoch
+    if recipe.eval_sequences is not None:
+        steps = min(steps, -(-recipe.eval_sequences // per_step))
+    one_pass = itertools.islice(held_out, steps)
     return train_loader, [hybridsp.shard_batch(batch, mesh) for batch in one_pass]
 
 

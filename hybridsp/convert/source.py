@@ -9,6 +9,8 @@ raised before anything is written.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +61,22 @@ class Source:
         else:
             _check_config_file(self.folder / "config.json")
             _check_safetensors(self.folder)
-        config = AutoConfig.from_pretrained(**self._location)
+        with _blame(self.path, "config"):
+            config = AutoConfig.from_pretrained(**self._location)
         if self.gguf_file:
             _check_gguf_used_up(self.path, num_tensors, config)
         return config
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer with its chat template, or None where the source has none."""
+        """The tokenizer with its chat template, or None where the source has none.
+
+        Raises:
+            ValueError: there are tokenizer files, but they cannot be read.
+        """
         if not self.gguf_file and not any((self.folder / n).exists() for n in TOKENIZER_FILES):
             return None
-        return AutoTokenizer.from_pretrained(**self._location)
+        with _blame(self.path, "tokenizer"):
+            return AutoTokenizer.from_pretrained(**self._location)
 
     def load_model(
         self, config: PretrainedConfig, dtype: torch.dtype | str = "auto"
@@ -150,6 +158,10 @@ def _check_config_file(path: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path} holds a {type(config).__name__} instead of the fields of a config"
+        )
     _check_model_type(config.get("model_type"), path)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
@@ -218,10 +230,20 @@ def _check_gguf_used_up(path: Path, num_tensors: int, config: PretrainedConfig) 
 def _read_gguf(path: Path) -> Any:
     from gguf import GGUFReader
 
-    try:
+    with _blame(path, "GGUF header"):
         return GGUFReader(path)
-    except Exception as error:  # whatever reading beyond a broken header runs into
-        raise ValueError(f"{path} is corrupt or truncated ({error}); download it again") from error
+
+
+@contextmanager
+def _blame(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library runs into while reading a broken file into one kind of error."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the {what} of {path} cannot be read ({type(error).__name__}: {error}); "
+            "repair it or download it again"
+        ) from error
 
 
 def _gguf_field(reader: Any, name: str) -> Any:

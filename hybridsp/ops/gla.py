@@ -16,9 +16,10 @@ first (its end state and total decay go to the neighbour, see `collectives.all_s
 `intra_chunk`, which needs nothing from other ranks, while the scan is in flight, then
 `inter_chunk`, where the state that enters the rank is added to the states of the chunks.
 
-exp(b_i - b_j) is formed from the difference, never as exp(b_i) * exp(-b_j), so no decay is too
-strong for it. Documents packed in one row are told apart by `segments` (`segment_ids`): masks cut
-every product that would cross a document's start.
+exp(b_i - b_j) splits into exp(b_i) * exp(-b_j), and the sum over channels becomes one matrix
+product, as long as exp(-b_j) stays well inside fp32; where a chunk decays more than that, it is
+formed from the difference, so no decay is too strong. Documents packed in one row are told apart
+by `segments` (`segment_ids`): masks cut every product that would cross a document's start.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A vector decay needs an explicit [C, C, K] tensor per chunk, so its chunks are small.
+# Where a vector decay is too strong to split, a chunk needs a [C, C, K] tensor: keep it small.
 CHUNK_VECTOR_DECAY = 16
 CHUNK_SCALAR_DECAY = 64
+# exp(-b_j) up to e^40 leaves fp32 (e^88) room for the products and sums behind it.
+LARGEST_EXPONENT = 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +167,12 @@ def span_states(chunks: Chunks) -> SpanStates:
     kept = b_end.exp() * chunks.through[:, None]
     state, decay = torch.zeros_like(added[:, :, 0]), torch.ones_like(kept[:, :, 0])
     entering, decay_to = [], []
-    for n in range(added.shape[2]):
+    # unbind, not indexing: the gradient of an index is a zero tensor of the whole size, per chunk.
+    for kept_n, added_n in zip(kept.unbind(dim=2), added.unbind(dim=2), strict=True):
         entering.append(state)
         decay_to.append(decay)
-        state = kept[:, :, n, :, None] * state + added[:, :, n]
-        decay = kept[:, :, n] * decay
+        state = kept_n[..., None] * state + added_n
+        decay = kept_n * decay
     return SpanStates(
         entering=torch.stack(entering, dim=2),
         decay_to=torch.stack(decay_to, dim=2),
@@ -184,13 +188,16 @@ def enter_span(span: SpanStates, state: Tensor) -> Tensor:
 
 def intra_chunk(chunks: Chunks) -> Tensor:
     """What each token reads from its own chunk, unscaled [B, H, N, C, V]."""
-    b, hidden = chunks.b, chunks.pairs == 0
+    q, k, b, hidden = chunks.q, chunks.k, chunks.b, chunks.pairs == 0
     if b.shape[-1] == 1:
         decay = (b - b.mT).masked_fill(hidden, float("-inf")).exp()
-        return ((chunks.q @ chunks.k.mT) * decay) @ chunks.v
-    difference = b[:, :, :, :, None] - b[:, :, :, None]
-    decay = difference.masked_fill(hidden[..., None], float("-inf")).exp()
-    scores = (chunks.q[:, :, :, :, None] * decay * chunks.k[:, :, :, None]).sum(dim=-1)
+        scores = (q @ k.mT) * decay
+    elif b.min() > -LARGEST_EXPONENT:
+        scores = ((q * b.exp()) @ (k * (-b).exp()).mT) * chunks.pairs
+    else:
+        difference = b[:, :, :, :, None] - b[:, :, :, None]
+        decay = difference.masked_fill(hidden[..., None], float("-inf")).exp()
+        scores = (q[:, :, :, :, None] * decay * k[:, :, :, None]).sum(dim=-1)
     return scores @ chunks.v
 
 

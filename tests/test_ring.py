@@ -1,0 +1,82 @@
+"""RingExchange: messages of any shape go one place to the right, and misuse is caught."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+
+from hybridsp.collectives import RingExchange
+
+
+def message(rank, step):
+    """Two tensors whose shapes and values tell which rank sent them, and when."""
+    shapes = (2, rank + 1, 3), (rank, step + 1)
+    return [torch.full(shape, 10.0 * rank + step) for shape in shapes]
+
+
+def shapes(tensors):
+    return [x.shape for x in tensors]
+
+
+def once_around():
+    """Pass on what came, as the ring of attention does; every rank sees every message."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    exchange, held = RingExchange(dist.group.WORLD), message(rank, 0)
+    for step in range(1, size + 1):
+        expected = message((rank - step) % size, 0)
+        exchange.post(held, shapes(expected))
+        for x in held:
+            x.fill_(float("nan"))  # the exchange keeps its own copy
+        held = exchange.wait()
+        torch.testing.assert_close(held, expected, rtol=0, atol=0)
+
+
+def two_in_flight():
+    """Waited for in the other order than posted; each tag gets its own message."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    first, second = RingExchange(dist.group.WORLD), RingExchange(dist.group.WORLD, tag=1)
+    left = (rank - 1) % size
+    for step in range(0, 6, 2):
+        first.post(message(rank, step), shapes(message(left, step)))
+        second.post(message(rank, step + 1), shapes(message(left, step + 1)))
+        got = second.wait(), first.wait()
+        expected = message(left, step + 1), message(left, step)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def strided_and_narrow():
+    """A transposed bf16 tensor arrives as it looks, not as it lies in memory."""
+    exchange = RingExchange(dist.group.WORLD)
+    x = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T + dist.get_rank()
+    exchange.post([x], [x.shape])
+    (got,) = exchange.wait()
+    assert got.dtype == torch.bfloat16
+    left = (dist.get_rank() - 1) % dist.get_world_size()
+    torch.testing.assert_close(got, x - dist.get_rank() + left, rtol=0, atol=0)
+
+
+def everything():
+    once_around()
+    two_in_flight()
+    strided_and_narrow()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ring(ranks):
+    run_ranks(everything, ranks)
+
+
+def misuse():
+    exchange, x = RingExchange(dist.group.WORLD), torch.ones(2)
+    with pytest.raises(AssertionError, match="wait called without post"):
+        exchange.wait()
+    exchange.post([x], [x.shape])
+    with pytest.raises(AssertionError, match="post called twice without wait"):
+        exchange.post([x], [x.shape])
+    exchange.wait()
+    with pytest.raises(AssertionError, match="wait called without post"):
+        exchange.wait()
+
+
+def test_misuse_is_caught():
+    run_ranks(misuse, 2)
