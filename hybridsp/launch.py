@@ -54,6 +54,8 @@ def rank_from_environment(environment: Mapping[str, str] | None = None) -> Rank:
                 f"the launcher's variables {values} must all be numbers: start the script with "
                 "deepspeed, torchrun or srun, or unset them to run as one process"
             ) from None
+        if not 0 <= rank < world_size:
+            raise ValueError(f"{names[0]} = {rank} must lie in 0 .. {names[1]} - 1 of {values}")
         return Rank(rank=rank, world_size=world_size, local_rank=local_rank)
     return Rank()
 

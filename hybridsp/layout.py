@@ -116,6 +116,12 @@ class Relayout:
         """Sequence-parallel degree."""
         return self.ring * self.ulysses
 
+    @property
+    def replicates(self) -> bool:
+        """Whether a KV head is computed in more than one place."""
+        heads = [head for share in self.shares for head in share.kv]
+        return len(set(heads)) < len(heads)
+
     def owned(self, rank: int) -> Span:
         """The contiguous tokens of SP rank `rank`."""
         length = self.total // self.sp

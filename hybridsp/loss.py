@@ -24,6 +24,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.cross_entropy import IGNORED_LABEL, tiled_cross_entropy
 
+# What only a whole sequence can have.
+NOT_OF_A_PART = ("labels", "attention_mask", "past_key_values")
+
 
 class TokenMean:
     """Mean loss over the labels of all ranks.
@@ -123,9 +126,9 @@ def _causal_lm_forward(
 
     Raises:
         ValueError: what only a whole sequence can have (labels that were not shifted before the
-            cut, a cache), or positions that are missing.
+            cut, a mask, a cache), or positions that are missing.
     """
-    misplaced = {name: kwargs.pop(name, None) for name in ("labels", "past_key_values")}
+    misplaced = {name: kwargs.pop(name, None) for name in NOT_OF_A_PART}
     misplaced = {name: value for name, value in misplaced.items() if value is not None}
     if misplaced or position_ids is None or kwargs.pop("use_cache", False):
         raise ValueError(

@@ -158,7 +158,8 @@ def choose_degrees(
 
     def fits(ulysses: int) -> bool:
         even_kv = num_kv_heads % ulysses == 0 or ulysses % num_kv_heads == 0
-        return sp % ulysses == 0 and num_heads % ulysses == 0 and even_kv
+        one_host = sp <= gpus_per_node or gpus_per_node % ulysses == 0
+        return sp % ulysses == 0 and num_heads % ulysses == 0 and even_kv and one_host
 
     ulysses = max(u for u in range(1, min(sp, gpus_per_node) + 1) if fits(u))
     return sp // ulysses, ulysses

@@ -7,10 +7,12 @@ touched, because a token mixer that restarts at each rank's first token trains w
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 from transformers import PreTrainedModel
 
-from hybridsp.adapters import ADAPTERS, IMPLEMENTATION, Adapter
+from hybridsp.adapters import ADAPTERS, IMPLEMENTATION, Adapter, decoder_layers
 from hybridsp.layout import head_shares
 from hybridsp.loss import install_tiled_loss
 from hybridsp.mesh import SPMesh
@@ -31,7 +33,7 @@ def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
             do not fit the mesh; names all of them, and the model is unchanged.
     """
     adapter = ADAPTERS.get(model.config.model_type)
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     if adapter is None:
         mixers = [mixer for layer in layers for mixer in Adapter().mixers(layer).values()]
         kinds = sorted({type(mixer).__name__ for mixer in mixers})
@@ -45,6 +47,7 @@ def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
         raise ValueError("this model cannot be parallelized:\n  " + "\n  ".join(problems))
     head_shares(model.config.num_attention_heads, model.config.num_key_value_heads, mesh.ulysses)
 
+    _give_own_config(model)
     install_tiled_loss(model, mesh)
     for layer in layers:
         for mixer in adapter.mixers(layer).values():
@@ -52,8 +55,12 @@ def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
     model.config._attn_implementation = IMPLEMENTATION
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    return list(getattr(model.get_decoder(), "layers", []))
+def _give_own_config(model: PreTrainedModel) -> None:
+    """Part the model's config from that of other models, which may be the same object."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def _unknown_mixers(adapter: Adapter, layers: list[nn.Module]) -> list[str]:

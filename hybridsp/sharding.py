@@ -46,6 +46,7 @@ def shard_batch(batch: Mapping[str, Tensor], mesh: SPMesh) -> dict[str, Tensor |
     Raises:
         ValueError: unknown or missing keys, shapes that do not fit, boundaries that do not rise.
     """
+    batch = {key: value for key, value in batch.items() if value is not None}
     _check(batch)
     tokens, labels = batch["input_ids"], batch.get("labels", batch["input_ids"])
     cu_seqlens = batch.get("cu_seqlens")

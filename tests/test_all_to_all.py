@@ -107,7 +107,7 @@ def in_bf16():
     route = relayout(4, 1, 4, 4, 1)
     q, k, v = (torch.ones(1, 1, h, 1, dtype=torch.bfloat16).requires_grad_() for h in (4, 1, 1))
     arrived = seq_to_heads(q, k, v, route, mesh.sp_group)
-    assert {x.dtype for x in arrived} == {torch.bfloat16}
+    assert [x.dtype for x in arrived] == [torch.bfloat16, torch.float32, torch.float32]
     # Added one by one in bf16, whose next number after 1 is 1 + 2^-7, the small ones would vanish.
     direction = torch.full_like(arrived[2], 1.0 if mesh.sp_rank == 0 else 2**-9)
     (dv,) = torch.autograd.grad(arrived[2], v, direction)

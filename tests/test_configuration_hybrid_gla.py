@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hybridsp.models.hybrid_gla import HybridGLAConfig
 from tiny_hybrid_gla import SHAPE
+
+from hybridsp.models.hybrid_gla import HybridGLAConfig
 
 
 def test_keys_of_hugging_face_pass(tmp_path):

@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFWriter
-from hybridsp.models.hybrid_gla import HybridGLAForCausalLM
 from safetensors.torch import load_file, save_file
 from tiny_softmax import logits, tiny_softmax_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +22,7 @@ from transformers import (
 
 import hybridsp  # noqa: F401 - registers the family with the Auto classes
 from hybridsp.convert import convert, convert_model
+from hybridsp.models.hybrid_gla import HybridGLAForCausalLM
 
 
 def tiny_tokenizer():
@@ -135,6 +136,40 @@ def test_a_write_that_fails_leaves_no_trace(source, tmp_path, monkeypatch, overw
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
     if overwrite:
         assert "full_attention" not in AutoConfig.from_pretrained(dst).layer_types
+
+
+def test_a_place_taken_meanwhile_is_not_written_over(source, tmp_path, monkeypatch):
+    dst = tmp_path / "hybrid"
+    save = HybridGLAForCausalLM.save_pretrained
+
+    def save_while_another_writes(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        dst.mkdir()
+        (dst / "precious.txt").touch()
+
+    monkeypatch.setattr(HybridGLAForCausalLM, "save_pretrained", save_while_another_writes)
+    with pytest.raises(OSError, match="not empty"):
+        convert(source, dst)
+    assert [path.name for path in dst.iterdir()] == ["precious.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hybrid", "source"]
+
+
+def test_the_old_checkpoint_comes_back_if_the_new_cannot_take_its_place(
+    source, tmp_path, monkeypatch
+):
+    dst = convert(source, tmp_path / "hybrid", softmax_layers=0.0)
+    replace = os.replace
+
+    def refuse_the_new(old_name, new_name):
+        if str(old_name).endswith(".new"):
+            raise PermissionError("not allowed")
+        replace(old_name, new_name)
+
+    monkeypatch.setattr("os.replace", refuse_the_new)
+    with pytest.raises(PermissionError):
+        convert(source, dst, softmax_layers=1.0, overwrite=True)
+    assert "full_attention" not in AutoConfig.from_pretrained(dst).layer_types
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hybrid", "source"]
 
 
 # --- sources that cannot be converted

@@ -73,7 +73,7 @@ def meshes(ranks):
     return [(ranks // u, u) for u in range(1, ranks + 1) if ranks % u == 0]
 
 
-def check(ring, ulysses, dp, batches, stages, **model_options):
+def check(ring, ulysses, dp, batches, stages, backend="gloo", **model_options):
     expected_loss, expected = reference(batches[:dp], **model_options)
     results = run_ranks(
         gradients_on_mesh,
@@ -84,6 +84,7 @@ def check(ring, ulysses, dp, batches, stages, **model_options):
         stages,
         model_options,
         timeout=180,
+        backend=backend,
     )
     scale = max(grad.abs().max() for grad in expected.values())
     for rank_result in results:
@@ -111,6 +112,13 @@ def test_gradients_equal_one_process(ring, ulysses, batches):
 @pytest.mark.parametrize(("ring", "ulysses", "dp"), [(1, 1, 2), (2, 1, 2), (1, 2, 2)])
 def test_gradients_equal_one_process_in_data_parallel(ring, ulysses, dp, batches):
     check(ring, ulysses, dp, batches, STAGES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batches", [PACKED, UNPACKED], ids=["packed", "unpacked"])
+@pytest.mark.parametrize(("ring", "ulysses", "dp"), [(2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)])
+def test_gradients_equal_one_process_on_gpus(ring, ulysses, dp, batches):
+    check(ring, ulysses, dp, batches, STAGES, backend="nccl")
 
 
 @pytest.mark.parametrize("decay", ["scalar", "fixed"])

@@ -7,14 +7,15 @@ import sys
 
 import pytest
 import torch
+from tiny_hybrid_gla import random_tokens, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
 from hybridsp.models.hybrid_gla import (
     HybridGLAConfig,
     HybridGLAForCausalLM,
     HybridGLAModel,
     register,
 )
-from tiny_hybrid_gla import random_tokens, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hybridsp.models.hybrid_gla import HybridGLAForCausalLM
-from hybridsp.models.hybrid_gla.linear_attention_hybrid_gla import HybridGLALinearAttention
 from tiny_hybrid_gla import VARIANTS, random_tokens, randomise, tiny_config, tiny_model
 from torch.nn import functional as F
 
+from hybridsp.models.hybrid_gla import HybridGLAForCausalLM
+from hybridsp.models.hybrid_gla.linear_attention_hybrid_gla import HybridGLALinearAttention
 from hybridsp.ops.reference import naive_causal_conv, naive_gla
 
 

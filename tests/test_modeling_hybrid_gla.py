@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hybridsp.models.hybrid_gla import HybridGLAConfig, HybridGLAForCausalLM
 from tiny_hybrid_gla import (
     SHAPE,
     VARIANTS,
@@ -23,6 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.cache_utils import DynamicCache
+
+from hybridsp.models.hybrid_gla import HybridGLAConfig, HybridGLAForCausalLM
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 

@@ -32,13 +32,14 @@ def once_around():
 
 
 def two_in_flight():
-    """Waited for in the other order than posted; each tag gets its own message."""
+    """Posted in another order by one rank than by the others; each tag gets its own message."""
     rank, size = dist.get_rank(), dist.get_world_size()
     first, second = RingExchange(dist.group.WORLD), RingExchange(dist.group.WORLD, tag=1)
     left = (rank - 1) % size
     for step in range(0, 6, 2):
-        first.post(message(rank, step), shapes(message(left, step)))
-        second.post(message(rank, step + 1), shapes(message(left, step + 1)))
+        posts = [(first, step), (second, step + 1)]
+        for exchange, number in posts if rank else reversed(posts):
+            exchange.post(message(rank, number), shapes(message(left, number)))
         got = second.wait(), first.wait()
         expected = message(left, step + 1), message(left, step)
         torch.testing.assert_close(got, expected, rtol=0, atol=0)

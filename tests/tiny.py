@@ -1,6 +1,7 @@
 """Models small enough for a test, and batches that hurt: shared by the tests of whole models."""
 
 import torch
+
 from hybridsp.models.hybrid_gla import HybridGLAConfig, HybridGLAForCausalLM
 
 VOCABULARY = 61

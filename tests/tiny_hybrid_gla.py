@@ -4,8 +4,9 @@ Biases and norms are random too, so that no path hides behind zeros and ones.
 """
 
 import torch
-from hybridsp.models.hybrid_gla import HybridGLAConfig, HybridGLAForCausalLM
 from torch import nn
+
+from hybridsp.models.hybrid_gla import HybridGLAConfig, HybridGLAForCausalLM
 
 VOCAB = 64
 HYBRID = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]

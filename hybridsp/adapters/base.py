@@ -20,6 +20,12 @@ IMPLEMENTATION = "hybridsp"
 """The name under which sequence-parallel implementations are registered."""
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a language model's decoder; empty where there is nothing like it."""
+    lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
+    return list(next(lists, []))
+
+
 class Adapter:
     """What a family's decoder layers are made of.
 

@@ -109,6 +109,8 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, plan):  # noqa: D102
+        ctx.kv_dtype = k.dtype
+        k, v = k.to(q.dtype), v.to(q.dtype)
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
         for step, keys, values in _around_the_ring(k, v, plan):
@@ -159,7 +161,7 @@ class RingAttention(torch.autograd.Function):
             tokens = plan.num_tokens(plan.owner(step + 1))
             gradients.post([step_dk, step_dv], [_resized(k, tokens), _resized(v, tokens)])
         dk, dv = gradients.wait()
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return dq.to(q.dtype), dk.to(ctx.kv_dtype), dv.to(ctx.kv_dtype), None
 
 
 def _around_the_ring(k: Tensor, v: Tensor, plan: RingPlan) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -34,7 +34,8 @@ def seq_to_heads(
         group: the SP ranks.
 
     Returns:
-        q, k, v with this rank's half-chunks as tokens (early one first) and its share of heads.
+        q, k, v with this rank's half-chunks as tokens (early one first) and its share of heads;
+        k and v in fp32 where other ranks have copies of their heads.
     """
     if group.size() == 1:
         return q, k, v
@@ -58,13 +59,17 @@ class SeqToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, relayout, group):  # noqa: D102
         ctx.heads, ctx.relayout, ctx.group = (q.shape[2], k.shape[2], v.shape[2]), relayout, group
-        return tuple(_scatter_heads([q, k, v], _shares(relayout), relayout, group))
+        ctx.dtype = q.dtype
+        q, k, v = _scatter_heads([q, k, v], _shares(relayout), relayout, group)
+        # A gradient has its tensor's dtype: in fp32 those of the replicas add up before rounding.
+        return (q, k.float(), v.float()) if relayout.replicates else (q, k, v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # noqa: D102
         shares = _shares(ctx.relayout)
-        return (*_gather_heads(grads, shares, ctx.heads, ctx.relayout, ctx.group), None, None)
+        whole = _gather_heads(grads, shares, ctx.heads, ctx.relayout, ctx.group)
+        return (*(grad.to(ctx.dtype) for grad in whole), None, None)
 
 
 class HeadsToSeq(torch.autograd.Function):
@@ -79,7 +84,7 @@ class HeadsToSeq(torch.autograd.Function):
         ctx.relayout, ctx.group = relayout, group
         num_heads = sum(len(share.q) for share in relayout.shares)
         shares = [share[:1] for share in _shares(relayout)]
-        return _gather_heads([out], shares, [num_heads], relayout, group)[0]
+        return _gather_heads([out], shares, [num_heads], relayout, group)[0].to(out.dtype)
 
     @staticmethod
     @once_differentiable
@@ -106,8 +111,8 @@ def _scatter_heads(
         pieces = []
         for tensor, chosen in zip(tensors, heads[target], strict=True):
             index = torch.tensor(chosen, device=tensor.device)
-            tokens = relayout.sent(me, target)
-            pieces += [tensor[:, part].index_select(2, index) for part in tokens]
+            parts = [tensor[:, rows] for rows in relayout.sent(me, target)] or [tensor[:, :0]]
+            pieces.append(torch.cat(parts, dim=1).index_select(2, index))
         sent.append(pieces)
     shapes = [
         [
@@ -116,7 +121,7 @@ def _scatter_heads(
         ]
         for source in ranks
     ]
-    received = _exchange(sent, shapes, tensors[0], group)
+    received = _exchange(sent, shapes, group)
     return [torch.cat(parts, dim=1) for parts in zip(*received, strict=True)]
 
 
@@ -138,7 +143,7 @@ def _gather_heads(
         ]
         for source in ranks
     ]
-    received = _exchange(sent, shapes, tensors[0], group)
+    received = _exchange(sent, shapes, group)
     length = relayout.total // relayout.sp
     results = []
     for i, (tensor, total) in enumerate(zip(tensors, num_heads, strict=True)):
@@ -147,7 +152,7 @@ def _gather_heads(
         whole = torch.zeros(shape, dtype=torch.float32, device=tensor.device)
         for source in ranks:
             _add_heads(whole, received[source][i], heads[source][i], relayout.sent(me, source))
-        results.append(whole.to(tensor.dtype))
+        results.append(whole)
     return results
 
 
@@ -161,14 +166,13 @@ def _add_heads(whole: Tensor, part: Tensor, heads: tuple[int, ...], tokens: list
 def _exchange(
     sent: list[list[Tensor]],
     shapes: Sequence[Sequence[tuple[int, ...]]],
-    like: Tensor,
     group: dist.ProcessGroup,
 ) -> list[list[Tensor]]:
     """All-to-all of lists of tensors; `shapes[source]` is what comes from each rank."""
     outgoing = torch.cat([piece.flatten() for pieces in sent for piece in pieces])
     sent_sizes = [sum(piece.numel() for piece in pieces) for pieces in sent]
     received_sizes = [sum(prod(shape) for shape in of_rank) for of_rank in shapes]
-    incoming = like.new_empty(sum(received_sizes))
+    incoming = outgoing.new_empty(sum(received_sizes))
     dist.all_to_all_single(incoming, outgoing, received_sizes, sent_sizes, group=group)
     received = []
     for message, of_rank in zip(incoming.split(received_sizes), shapes, strict=True):

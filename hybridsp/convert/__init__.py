@@ -6,8 +6,8 @@
     this file        the three in a row, and writing the result
 
 The result is a start for training, not a model to use: a linear layer that computes with softmax's
-weights has to be taught, by fine-tuning or distillation (`docs` tell how much). With all layers
-kept softmax it computes what the source computes, bit for bit.
+weights has to be taught, by fine-tuning or distillation. With all layers kept softmax it computes
+what the source computes, bit for bit.
 
 The output folder appears at once and whole: it is written beside its final place under another
 name and moved there last, so a run that dies leaves the place as it was.
@@ -79,7 +79,7 @@ def convert(
         seed=seed,
         share_weights=True,
     )
-    with _appear_at_once(dst) as folder:
+    with _appear_at_once(dst, overwrite) as folder:
         hybrid.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -117,24 +117,26 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
 
 
 @contextmanager
-def _appear_at_once(dst: Path) -> Iterator[Path]:
+def _appear_at_once(dst: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write into that becomes `dst` when the block succeeds and vanishes if not."""
     dst.parent.mkdir(parents=True, exist_ok=True)
     work, old = (dst.with_name(f".{dst.name}.{os.getpid()}.{role}") for role in ("new", "old"))
     work.mkdir()
     try:
         yield work
-        if dst.exists():
+        replacing = overwrite and dst.exists()
+        if replacing:
             os.replace(dst, old)
         try:
             os.replace(work, dst)
         except OSError:
-            if old.exists():
+            if replacing:
                 os.replace(old, dst)
             raise
+        if replacing:
+            shutil.rmtree(old)
     finally:
-        for leftover in (work, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _describe(hybrid: HybridGLAForCausalLM, num_reused: int) -> dict[str, str]:

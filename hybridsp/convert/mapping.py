@@ -13,10 +13,9 @@ Every weight is reused. A layer that stays softmax keeps its names, so a convers
 layers computes the source's logits bit for bit. In a layer that becomes linear, q, k, v and o (and
 Qwen3's norms) move from `self_attn` to `linear_attn`: linear attention is softmax attention without
 the softmax, and a KV head serves the same query heads as before (HALO, arXiv:2601.22156, section
-3). New are the decay gates and a norm on the output; their initial values and why are in
-`initialise_output_norms`. Position embedding (RoPE) stays on in linear layers and there is no
-output gate: the reused o_proj was trained on ungated values. Of the choices tried on
-SmolLM2-135M this one recovers fastest.
+3). New are the decay gates and a norm on the output, see `initialise_new_weights`. Position
+embedding (RoPE) stays on in linear layers and there is no output gate: the reused o_proj was
+trained on ungated values. Of the choices tried on SmolLM2-135M this one recovers fastest.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ COMMON_FIELDS = (
     "eos_token_id",
 )
 
-# Softmax attention averages values, which shrinks them: its output has 0.15 to 0.3 of the values'
-# magnitude in SmolLM2-135M, in every layer but the first.
+# Softmax attention averages values, which shrinks them: its output has 0.15 to 0.33 of the values'
+# magnitude in SmolLM2-135M, in all layers but the first two.
 OUTPUT_OVER_VALUES = 0.25
 
 
@@ -105,7 +104,7 @@ def convert_model(
         )
     assert not loaded["unexpected_keys"], loaded
     assert not loaded["mismatched_keys"], loaded
-    initialise_output_norms(hybrid)
+    initialise_new_weights(hybrid)
     hybrid.generation_config = copy.deepcopy(model.generation_config)
     return hybrid.to(model.device)
 
@@ -193,27 +192,30 @@ def reused_weights(model: PreTrainedModel, config: HybridGLAConfig) -> dict[str,
 
 
 @torch.no_grad()
-def initialise_output_norms(hybrid: HybridGLAForCausalLM) -> None:
-    """Give each linear layer's output the magnitude that the reused o_proj is used to.
+def initialise_new_weights(hybrid: HybridGLAForCausalLM) -> None:
+    """Set what the source cannot give to values from which training recovers fast.
+
+    Gates start alike in all channels, at sigmoid(0)^(1 / 16) = 0.958 a token, as GLA's do
+    (arXiv:2312.06635, section 4.4). Longer memories recovered more slowly, those spread over 2^5
+    to 2^12 tokens, with which a model trained from scratch starts, among them.
 
     Linear attention adds values where softmax attention averages them, so its output grows with
-    the sequence; the norm takes that away, and its weight is set to `OUTPUT_OVER_VALUES` times
-    the root mean square of the layer's values. The layer's input x leaves an RMSNorm of weight w,
-    so E[x_j^2] = w_j^2, and with inputs taken as uncorrelated
-
-        E[v_i^2] = sum_j (W_v[i, j] w_j)^2 + b_i^2.
-
-    The decay gates need nothing here: the model starts them near 1, with memories spread from 2^5
-    to 2^12 tokens over the channels (RetNet's range, arXiv:2307.08621).
+    the sequence. The output norm takes that away, and its weight is set to `OUTPUT_OVER_VALUES`
+    times the root mean square of the layer's values, which is what the reused o_proj is used to.
+    The layer's input x leaves an RMSNorm of weight w, so E[x_j^2] = w_j^2, and with inputs taken
+    as uncorrelated E[v_i^2] = sum_j (W_v[i, j] w_j)^2 + b_i^2.
     """
     for layer in hybrid.model.layers:
-        if layer.layer_type == "linear_attention":
-            v_proj = layer.linear_attn.v_proj
-            energy = (v_proj.weight.float() * layer.input_layernorm.weight.float()).square().sum(1)
-            if v_proj.bias is not None:
-                energy = energy + v_proj.bias.float().square()
-            rms = energy.mean().sqrt().item()
-            layer.linear_attn.output_norm.weight.fill_(OUTPUT_OVER_VALUES * rms)
+        if layer.layer_type != "linear_attention":
+            continue
+        mixer = layer.linear_attn
+        if hybrid.config.linear_decay != "fixed":
+            mixer.decay_up.bias.zero_()
+        energy = (mixer.v_proj.weight.float() * layer.input_layernorm.weight.float()).square()
+        energy = energy.sum(dim=1)
+        if mixer.v_proj.bias is not None:
+            energy += mixer.v_proj.bias.float().square()
+        mixer.output_norm.weight.fill_(OUTPUT_OVER_VALUES * energy.mean().sqrt())
 
 
 @contextmanager

@@ -41,7 +41,8 @@ def tiled_cross_entropy(
         )
     if tokens_per_tile < 1:
         raise ValueError(f"tokens_per_tile = {tokens_per_tile} must be at least 1")
-    return TiledCrossEntropy.apply(hidden, weight, labels, tokens_per_tile)
+    learns = torch.is_grad_enabled()
+    return TiledCrossEntropy.apply(hidden, weight, labels, tokens_per_tile, learns)
 
 
 class TiledCrossEntropy(torch.autograd.Function):
@@ -52,10 +53,10 @@ class TiledCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, tokens_per_tile):  # noqa: D102
-        wanted = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden, weight, labels, tokens_per_tile, learns):  # noqa: D102
+        wanted = [learns and needed for needed in ctx.needs_input_grad[:2]]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if wanted[0] else None
+        dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         dweight = None
         if wanted[1]:
             dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -66,7 +67,7 @@ class TiledCrossEntropy(torch.autograd.Function):
             total += F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED_LABEL)
             if any(wanted):
                 dlogits = _logit_gradient(logits, targets).to(hidden.dtype)
-                if dhidden is not None:
+                if wanted[0]:
                     dhidden.view(-1, hidden.shape[-1])[rows : rows + len(targets)] = (
                         dlogits @ weight
                     )
@@ -81,9 +82,9 @@ class TiledCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):  # noqa: D102
         dhidden, dweight = ctx.saved_tensors
-        dhidden = dhidden * dloss.to(dhidden.dtype) if dhidden is not None else None
+        dhidden = (dhidden.float() * dloss).to(dhidden.dtype)
         dweight = (dweight * dloss).to(ctx.dtype) if dweight is not None else None
-        return dhidden, dweight, None, None
+        return dhidden, dweight, None, None, None
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:

@@ -40,10 +40,11 @@ LARGEST_EXPONENT = 40.0
 
 @dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """A span of tokens cut into N chunks of C; all tensors fp32, padding tokens are zero.
+    """A span of tokens cut into N chunks of C; tensors are fp32, padding tokens are zero.
 
     q, k [B, H, N, C, K]; v [B, H, N, C, V]; b [B, H, N, C, K or 1] the running sum of log decays
-    inside each chunk. The masks are 1.0 where something passes: `pairs` [N, C, C] from token j to
+    inside each chunk, in fp64, because a weak decay behind a strong one is a small difference of
+    large sums. The masks are 1.0 where something passes: `pairs` [N, C, C] from token j to
     token i, `enters` [N, C] from the chunk's incoming state to token i, `leaves` [N, C] from token
     j to the chunk's outgoing state, `through` [N] from incoming to outgoing state.
     """
@@ -150,7 +151,7 @@ def cut_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, segments: Tensor | No
         q=cut(q),
         k=cut(k),
         v=cut(v),
-        b=cut(g).cumsum(dim=3),
+        b=cut(g).cumsum(dim=3, dtype=torch.float64),
         pairs=causal * (segments[:, :, None] == segments[:, None, :]),
         enters=(segments == before[:, None]).float(),
         leaves=(segments == last[:, None]).float(),
@@ -162,9 +163,9 @@ def cut_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, segments: Tensor | No
 def span_states(chunks: Chunks) -> SpanStates:
     """The recurrence over chunks, from zero; see `SpanStates`."""
     b_end = chunks.b[:, :, :, -1]
-    to_end = (b_end[:, :, :, None] - chunks.b).exp() * chunks.leaves[..., None]
+    to_end = (b_end[:, :, :, None] - chunks.b).float().exp() * chunks.leaves[..., None]
     added = (chunks.k * to_end).mT @ chunks.v
-    kept = b_end.exp() * chunks.through[:, None]
+    kept = b_end.float().exp() * chunks.through[:, None]
     state, decay = torch.zeros_like(added[:, :, 0]), torch.ones_like(kept[:, :, 0])
     entering, decay_to = [], []
     # unbind, not indexing: the gradient of an index is a zero tensor of the whole size, per chunk.
@@ -190,12 +191,13 @@ def intra_chunk(chunks: Chunks) -> Tensor:
     """What each token reads from its own chunk, unscaled [B, H, N, C, V]."""
     q, k, b, hidden = chunks.q, chunks.k, chunks.b, chunks.pairs == 0
     if b.shape[-1] == 1:
-        decay = (b - b.mT).masked_fill(hidden, float("-inf")).exp()
+        decay = (b - b.mT).float().masked_fill(hidden, float("-inf")).exp()
         scores = (q @ k.mT) * decay
     elif b.min() > -LARGEST_EXPONENT:
+        b = b.float()
         scores = ((q * b.exp()) @ (k * (-b).exp()).mT) * chunks.pairs
     else:
-        difference = b[:, :, :, :, None] - b[:, :, :, None]
+        difference = (b[:, :, :, :, None] - b[:, :, :, None]).float()
         decay = difference.masked_fill(hidden[..., None], float("-inf")).exp()
         scores = (q[:, :, :, :, None] * decay * k[:, :, :, None]).sum(dim=-1)
     return scores @ chunks.v
@@ -203,7 +205,7 @@ def intra_chunk(chunks: Chunks) -> Tensor:
 
 def inter_chunk(chunks: Chunks, entering: Tensor) -> Tensor:
     """What each token reads from the state before its chunk, unscaled [B, H, N, C, V]."""
-    return (chunks.q * chunks.b.exp() * chunks.enters[..., None]) @ entering
+    return (chunks.q * chunks.b.float().exp() * chunks.enters[..., None]) @ entering
 
 
 def join_chunks(chunks: Chunks, x: Tensor) -> Tensor:

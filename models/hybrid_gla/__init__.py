@@ -6,13 +6,14 @@ the installed classes load every HybridGLA checkpoint, with or without `trust_re
 hybridsp was not imported, `trust_remote_code=True` loads the copy saved beside the weights.
 """
 
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
 from hybridsp.models.hybrid_gla.configuration_hybrid_gla import HybridGLAConfig
 from hybridsp.models.hybrid_gla.modeling_hybrid_gla import (
     HybridGLAForCausalLM,
     HybridGLAModel,
     HybridGLAPreTrainedModel,
 )
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 
 def register() -> None:
