@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hybridsp.files import appear_at_once, replace_folder
 from hybridsp.mesh import SPMesh
 
 MANIFEST = "manifest.json"
@@ -135,19 +136,16 @@ def export_pretrained(
         ValueError: the files cannot be written.
     """
     final = Path(output_dir)
-    partial = final.with_name(final.name + PARTIAL)
     if engine.zero_optimization_stage() == 3:
         weights = engine._zero3_consolidated_16bit_state_dict()
     else:
         weights = engine.module.state_dict()
 
     def write() -> None:
-        _remove(partial)
-        partial.mkdir(parents=True)
-        engine.module.save_pretrained(partial, state_dict=weights)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        _replace(partial, final)
+        with appear_at_once(final) as folder:
+            engine.module.save_pretrained(folder, state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
 
     _on_rank_zero(mesh, write)
     return final
@@ -174,27 +172,12 @@ def _save_rank_state(partial: Path, rank: int, client_state: dict[str, Any]) -> 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     """Turn a complete save into the latest checkpoint, and drop the oldest."""
     _write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
-    _replace(partial, final)
+    replace_folder(partial, final)
     _write_atomically(final.parent / "latest", final.name)
     by_age = sorted(_complete(final.parent), key=lambda d: (d / MANIFEST).stat().st_mtime_ns)
     for directory in by_age[:-keep]:
         if directory != final:
             shutil.rmtree(directory)
-
-
-def _replace(partial: Path, final: Path) -> None:
-    """Rename a directory into its place, over an older one if need be."""
-    aside = final.with_name(f"{final.name}.replaced{PARTIAL}")
-    _remove(aside)
-    if final.exists():
-        final.rename(aside)
-    partial.rename(final)
-    _remove(aside)
-
-
-def _remove(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
 
 
 def _write_atomically(path: Path, text: str) -> None:

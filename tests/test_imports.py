@@ -20,7 +20,7 @@ PACKAGES = {
 # The parts of hybridsp from the bottom up: a module imports from its own row and from the rows
 # above it here, never from one further down. A new module has to be placed.
 LAYERS = [
-    "mesh layout launch ds_configs",
+    "mesh layout launch files ds_configs",
     "ops collectives",
     "attention loss memory",
     "models",

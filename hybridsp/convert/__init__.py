@@ -16,9 +16,6 @@ name and moved there last, so a run that dies leaves the place as it was.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +28,7 @@ from hybridsp.convert.mapping import (
     reused_weights,
 )
 from hybridsp.convert.source import Source, find_source
+from hybridsp.files import appear_at_once
 from hybridsp.models.hybrid_gla import HybridGLAForCausalLM
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -79,7 +77,7 @@ def convert(
         seed=seed,
         share_weights=True,
     )
-    with _appear_at_once(dst, overwrite) as folder:
+    with appear_at_once(dst, overwrite=overwrite) as folder:
         hybrid.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -114,29 +112,6 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if name not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     return name if name == "auto" else getattr(torch, name)
-
-
-@contextmanager
-def _appear_at_once(dst: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that becomes `dst` when the block succeeds and vanishes if not."""
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    work, old = (dst.with_name(f".{dst.name}.{os.getpid()}.{role}") for role in ("new", "old"))
-    work.mkdir()
-    try:
-        yield work
-        replacing = overwrite and dst.exists()
-        if replacing:
-            os.replace(dst, old)
-        try:
-            os.replace(work, dst)
-        except OSError:
-            if replacing:
-                os.replace(old, dst)
-            raise
-        if replacing:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _describe(hybrid: HybridGLAForCausalLM, num_reused: int) -> dict[str, str]:

@@ -1,0 +1,66 @@
+"""Folders that are complete or absent: written beside their place, moved there last.
+
+A model or a checkpoint is many files, and whoever finds half of them cannot tell. So the folder
+gets its name only when everything is in it; a process that dies leaves the place as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def appear_at_once(final: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """A folder to write into that becomes `final` if the block succeeds and vanishes if not.
+
+    Args:
+        final: where the folder is to be.
+        overwrite: replace what is there; otherwise nothing may be there.
+
+    Yields:
+        The folder to write into, beside `final`.
+
+    Raises:
+        OSError: the files cannot be written, or the place is taken.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = final.with_name(f".{final.name}.{os.getpid()}.new")
+    work.mkdir()
+    try:
+        yield work
+        _share_as_usual(work)
+        if overwrite:
+            replace_folder(work, final)
+        else:
+            os.replace(work, final)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Rename `new` to `final`; an older `final` is removed, or restored if that fails."""
+    aside = final.with_name(f".{final.name}.{os.getpid()}.old")
+    replacing = final.exists()
+    if replacing:
+        os.replace(final, aside)
+    try:
+        os.replace(new, final)
+    except OSError:
+        if replacing:
+            os.replace(aside, final)
+        raise
+    if replacing:
+        shutil.rmtree(aside)
+
+
+def _share_as_usual(folder: Path) -> None:
+    """Give files the permissions that the user's umask says; safetensors makes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
