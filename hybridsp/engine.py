@@ -28,6 +28,19 @@ from hybridsp.adapters import decoder_layers
 from hybridsp.loss import TokenMean, count_labels
 from hybridsp.mesh import SPMesh
 
+# DeepSpeed settings that change how gradients are summed, scaled or reported, and the value with
+# which they do not.
+UNMEASURED: dict[str, Any] = {
+    "managed_gradient_accumulation": True,
+    "torch_autocast.enabled": False,
+    "fp16.enabled": False,
+    "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.mics_shard_size": -1,
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.zero_quantized_weights": False,
+    "zero_optimization.zero_quantized_gradients": False,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -112,7 +125,7 @@ def train_step(engine: Any, micro_batches: Sequence[Mapping[str, Any]]) -> StepR
             "other throughout a step"
         )
     num_labels, num_tokens = _count(engine, micro_batches)
-    loss = 0.0
+    loss, grad_norm = 0.0, None
     for batch in micro_batches:
         batch_loss = engine(**batch, num_items_in_batch=num_labels).loss
         loss += batch_loss.item()
@@ -150,7 +163,10 @@ def _count(engine: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[int, int]
 
 
 def _unreported_norm(engine: Any) -> Tensor | None:
-    """The gradient norm where DeepSpeed reports none: ZeRO-0 with a plain optimizer in fp32."""
+    """The gradient norm where DeepSpeed reports none: ZeRO-0 with a plain optimizer in fp32.
+
+    Every other optimizer is one of DeepSpeed's own, which notes the norm.
+    """
     if hasattr(engine.optimizer, "_global_grad_norm"):
         return None
     return get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
@@ -176,6 +192,15 @@ def _checked_config(
             raise ValueError(
                 f"config sets {key} = {config[key]}, but the mesh decides it: remove it (dp = "
                 f"{mesh.dp}, sp = {mesh.sp})"
+            )
+    for path, harmless in UNMEASURED.items():
+        value: Any = config
+        for name in path.split("."):
+            value = value.get(name, harmless) if isinstance(value, Mapping) else harmless
+        if value != harmless:
+            raise ValueError(
+                f"config sets {path} = {value!r}, under which nobody has shown that gradients are "
+                f"exact: remove it, or set it to {harmless!r}"
             )
     return copy.deepcopy(dict(config))
 

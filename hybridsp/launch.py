@@ -63,7 +63,8 @@ def rank_from_environment(environment: Mapping[str, str] | None = None) -> Rank:
 def init_distributed(timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
     """Join the job's process group, unless that is done, and choose this rank's device.
 
-    NCCL and this rank's GPU where CUDA is there, gloo and the CPU elsewhere.
+    NCCL and this rank's GPU where CUDA is there, unless DS_ACCELERATOR=cpu tells DeepSpeed to
+    leave it alone; gloo and the CPU elsewhere.
 
     Args:
         timeout: how long a collective may wait for its peers before it fails.
@@ -77,14 +78,24 @@ def init_distributed(timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
     if dist.is_initialized():
         on_gpu = "nccl" in dist.get_backend()
     else:
-        on_gpu = torch.cuda.is_available()
+        on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cpu")
     if on_gpu:
         device = _this_ranks_gpu(rank_from_environment().local_rank)
         torch.cuda.set_device(device)
+    _tell_like_a_launcher()
     if not dist.is_initialized():
         _init_process_group("nccl" if on_gpu else "gloo", timeout, device if on_gpu else None)
     return device
+
+
+def _tell_like_a_launcher() -> None:
+    """Set the variables that DeepSpeed reads, where Slurm or nobody started this process."""
+    me = rank_from_environment()
+    for name, value in zip(
+        LAUNCHER_VARIABLES, (me.rank, me.world_size, me.local_rank), strict=True
+    ):
+        os.environ.setdefault(name, str(value))
 
 
 def _this_ranks_gpu(local_rank: int) -> torch.device:

@@ -5,10 +5,10 @@ The job's ranks form a grid of three axes, the last one fastest:
     rank = (dp_rank * ring + ring_rank) * ulysses + ulysses_rank
 
     axis      who shares it                                used by
-    dp        same tokens' place, different sequences      the data loader
+    dp        same tokens' place, different sequences      nothing of ours yet
     sp        = ring x ulysses: one sequence, cut in P     All-Scan, halo, softmax relayout
     ring      passes K and V around                        softmax layers
-    ulysses   trades tokens for heads                      softmax layers
+    ulysses   holds the ring's chunk, by heads             softmax layers, inside sp
     data      all ranks: every one carries other tokens    ZeRO, loss
 
 Ulysses neighbours are neighbouring ranks, so its all-to-all stays on the fastest links. DeepSpeed

@@ -47,8 +47,8 @@ def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
         raise ValueError("this model cannot be parallelized:\n  " + "\n  ".join(problems))
     head_shares(model.config.num_attention_heads, model.config.num_key_value_heads, mesh.ulysses)
 
-    _give_own_config(model)
     install_tiled_loss(model, mesh)
+    _give_own_config(model)
     for layer in layers:
         for mixer in adapter.mixers(layer).values():
             adapter.install(mixer, mesh)

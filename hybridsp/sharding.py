@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybridsp.layout import Span
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.cross_entropy import IGNORED_LABEL
 from hybridsp.ops.interfaces import require_one_packed_row
@@ -81,7 +80,7 @@ def shard_batch(batch: Mapping[str, Tensor], mesh: SPMesh) -> dict[str, Tensor |
 def _shifted(labels: Tensor, bounds: list[int]) -> Tensor:
     """The label of each token's successor; none for the last token of a document."""
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    last = torch.tensor([stop - 1 for start, stop in _spans(bounds) if start < stop])
+    last = torch.tensor([stop - 1 for start, stop in pairwise(bounds) if start < stop])
     last = last[last < labels.shape[1]]
     shifted[:, last] = IGNORED_LABEL
     return shifted
@@ -90,18 +89,14 @@ def _shifted(labels: Tensor, bounds: list[int]) -> Tensor:
 def _positions(bounds: list[int], total: int) -> Tensor:
     """Distance from the document's start, int64 [1, total]; padding after it counts on."""
     starts = torch.zeros(total, dtype=torch.int64)
-    for start, stop in _spans(bounds):
+    for start, stop in pairwise(bounds):
         starts[start : max(stop, start)] = start
     starts[bounds[-1] :] = bounds[-2] if len(bounds) > 1 else 0
     return (torch.arange(total) - starts)[None]
 
 
-def _spans(bounds: list[int]) -> list[Span]:
-    return list(pairwise(bounds))
-
-
 def _document_arguments(bounds: list[int]) -> dict[str, Tensor | int]:
-    longest = max(stop - start for start, stop in _spans(bounds))
+    longest = max(stop - start for start, stop in pairwise(bounds))
     boundaries = torch.tensor(bounds, dtype=torch.int32)
     return {
         "cu_seq_lens_q": boundaries,

@@ -49,6 +49,12 @@ class Adapter:
                 f"config.attention_dropout = {config.attention_dropout}: attention dropout is not "
                 "supported; set it to 0"
             )
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if "dynamic" in rope or rope == "longrope":
+            problems.append(
+                f"config.rope_parameters['rope_type'] = {rope!r}: its frequencies depend on the "
+                "length of the whole sequence, which no rank sees; use linear, yarn or llama3"
+            )
         windowed = [
             i
             for i, kind in enumerate(getattr(config, "layer_types", None) or [])

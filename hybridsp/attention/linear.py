@@ -1,13 +1,16 @@
 """Linear attention over the mesh (ZeCO, arXiv:2507.01004, algorithms 1 and 3).
 
 Each rank scans its own tokens as if zero entered it, and hands its end state and total decay to
-All-Scan. While those travel it does what needs no other rank, the products inside the chunks. Then
-the state that entered is added to the states of its chunks, and one product reads them.
+All-Scan. The products inside the chunks need no other rank. The state that entered is added to the
+states of the chunks, and one product reads them. (The scan is awaited before those products: they
+do not overlap yet.)
 
 The backward needs nothing of its own: autograd runs All-Scan's transpose, the reverse scan.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -95,7 +98,7 @@ def short_convolution(
     if cu_seqlens is not None:
         start, stop = _owned(x, mesh)
         require_one_packed_row(x, cu_seqlens, x.shape[1] * mesh.sp)
-        offsets = document_offsets(cu_seqlens.tolist(), start, stop, x.device)
+        offsets = _offsets_of(tuple(cu_seqlens.tolist()), start, stop, x.device)
     halo = left_halo(x, weight.shape[1] - 1, mesh.sp_group)
     return causal_conv(x, weight, bias, activation=activation, offsets=offsets, left_context=halo)
 
@@ -109,4 +112,9 @@ def _segments(q: Tensor, mesh: SPMesh, cu_seqlens: Tensor | None) -> torch.Tenso
     if cu_seqlens is None:
         return None
     require_one_packed_row(q, cu_seqlens, q.shape[1] * mesh.sp)
-    return segment_ids(cu_seqlens.tolist(), *_owned(q, mesh), q.device)
+    return _segments_of(tuple(cu_seqlens.tolist()), *_owned(q, mesh), q.device)
+
+
+# All layers of a model ask the same of a batch.
+_offsets_of = lru_cache(maxsize=4)(document_offsets)
+_segments_of = lru_cache(maxsize=4)(segment_ids)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,11 @@ class RingPlan:
     def blocks(self, step: int) -> list[Block]:
         """What this rank computes at a step."""
         mine, theirs = self.halves[self.group.rank()], self.halves[self.owner(step)]
-        return attention_blocks(mine, theirs, self.bounds, causal=self.causal)
+        return _blocks(mine, theirs, self.bounds, causal=self.causal)
+
+
+# All layers of a model, forward and backward, ask for the same few plans.
+_blocks = lru_cache(maxsize=256)(attention_blocks)
 
 
 class RingAttention(torch.autograd.Function):

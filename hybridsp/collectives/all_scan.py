@@ -20,7 +20,8 @@ and D(p+1) is exactly what enters rank p of the reverse scan of (G, d).
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -116,23 +117,27 @@ def _chain(
     upstream, downstream = group.rank() - step, group.rank() + step
     ranks = range(group.size())
     incoming = torch.zeros_like(state)
-    in_flight = []
-    for rows in torch.arange(state.shape[2]).tensor_split(num_blocks):
-        block = slice(int(rows[0]), int(rows[-1]) + 1)
-        if upstream in ranks:
-            received = torch.empty_like(state[:, :, block], memory_format=torch.contiguous_format)
-            dist.recv(received, group=group, group_src=upstream)
-            incoming[:, :, block] = received
-        if downstream in ranks:
-            kept = decay if decay.shape[2] == 1 else decay[:, :, block]
-            outgoing = kept[..., None] * incoming[:, :, block] + state[:, :, block]
-            outgoing = outgoing.contiguous()
-            # The buffer must outlive the send, so it is kept beside its handle.
-            in_flight.append((dist.isend(outgoing, group=group, group_dst=downstream), outgoing))
-    for handle, _ in in_flight:
-        assert handle is not None, "this rank is in the group"
-        handle.wait()
+    edges = [int(rows[0]) for rows in torch.arange(state.shape[2]).tensor_split(num_blocks)]
+    blocks = [slice(a, b) for a, b in pairwise([*edges, state.shape[2]])]
+    # In each round a rank sends the block that it has just updated and receives the next one.
+    for current, following in pairwise([None, *blocks, None]):
+        operations = []
+        if current is not None and downstream in ranks:
+            kept = decay if decay.shape[2] == 1 else decay[:, :, current]
+            outgoing = kept[..., None] * incoming[:, :, current] + state[:, :, current]
+            operations.append(_p2p(dist.isend, outgoing.contiguous(), downstream, group))
+        if following is not None and upstream in ranks:
+            received = incoming.new_empty(incoming[:, :, following].shape)
+            operations.append(_p2p(dist.irecv, received, upstream, group))
+        for handle in dist.batch_isend_irecv(operations) if operations else []:
+            handle.wait()
+        if following is not None and upstream in ranks:
+            incoming[:, :, following] = received
     return incoming
+
+
+def _p2p(operation: Any, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> dist.P2POp:
+    return dist.P2POp(operation, tensor, group=group, group_peer=peer)
 
 
 def _all_gather_scan(

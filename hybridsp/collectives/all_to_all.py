@@ -110,9 +110,8 @@ def _scatter_heads(
     for target in ranks:
         pieces = []
         for tensor, chosen in zip(tensors, heads[target], strict=True):
-            index = torch.tensor(chosen, device=tensor.device)
             parts = [tensor[:, rows] for rows in relayout.sent(me, target)] or [tensor[:, :0]]
-            pieces.append(torch.cat(parts, dim=1).index_select(2, index))
+            pieces.append(torch.cat(parts, dim=1)[:, :, _selection(chosen)])
         sent.append(pieces)
     shapes = [
         [
@@ -157,10 +156,20 @@ def _gather_heads(
 
 
 def _add_heads(whole: Tensor, part: Tensor, heads: tuple[int, ...], tokens: list[slice]) -> None:
-    index = torch.tensor(heads, device=whole.device)
     sizes = [rows.stop - rows.start for rows in tokens]
     for rows, values in zip(tokens, part.split(sizes, dim=1), strict=True):
-        whole[:, rows].index_add_(2, index, values.float())
+        if isinstance(selection := _selection(heads), slice):
+            whole[:, rows, selection] += values
+        else:
+            index = torch.tensor(heads, device=whole.device)
+            whole[:, rows].index_add_(2, index, values.float())
+
+
+def _selection(heads: tuple[int, ...]) -> slice | list[int]:
+    """An index for some heads: a slice, which costs no copy to the device, unless some repeat."""
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return slice(heads[0], heads[-1] + 1)
+    return list(heads)
 
 
 def _exchange(

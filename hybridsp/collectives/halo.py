@@ -40,7 +40,7 @@ class LeftHalo(torch.autograd.Function):
         halo = x.new_zeros(x.shape[0], width, x.shape[2])
         hops = _hops(x.shape[1], width, group)
         for hop, taken in hops:
-            received = torch.empty_like(halo[:, :taken].contiguous())
+            received = x.new_empty(x.shape[0], taken, x.shape[2])
             _shift(x[:, x.shape[1] - taken :].contiguous(), received, hop, group)
             if group.rank() - hop >= 0:
                 stop = width - (hop - 1) * x.shape[1]
