@@ -26,7 +26,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hybridsp.files import appear_at_once, replace_folder
+from hybridsp.files import appear_at_once
 from hybridsp.mesh import SPMesh
 
 MANIFEST = "manifest.json"
@@ -67,18 +67,18 @@ def save_checkpoint(
 
     Raises:
         ValueError: `client_state` is no JSON, DeepSpeed's checkpoint engine writes in the
-            background, or a file cannot be written.
+            background, or a file of ours cannot be written. If one of DeepSpeed's cannot, the
+            rank that meets it raises, and the others when the launcher or a timeout ends them.
     """
     root = Path(output_dir) / "checkpoints"
-    final = root / f"step-{step:06d}"
-    partial = root / (final.name + PARTIAL)
     _check_engine(engine)
-    _on_rank_zero(mesh, _prepare, root, client_state, keep)
+    final = mesh.on_rank_zero(_prepare, root, step, client_state, keep)
+    partial = root / (final.name + PARTIAL)
     engine.save_checkpoint(str(root), tag=partial.name, client_state={}, save_latest=False)
-    _on_every_rank(mesh, _save_rank_state, partial, mesh.rank, client_state)
+    mesh.on_every_rank(_save_rank_state, partial, mesh.rank, client_state)
     digests = _digest_together(mesh, partial)
     manifest = {"format": FORMAT, "step": step, **_degrees(engine, mesh), "files": digests}
-    _on_rank_zero(mesh, _publish, partial, final, manifest, keep)
+    mesh.on_rank_zero(_publish, partial, final, manifest, keep)
     return final
 
 
@@ -103,11 +103,11 @@ def load_checkpoint(
             there are checkpoints. Every rank raises, and none has loaded anything.
     """
     _check_engine(engine)
-    directory = _on_rank_zero(mesh, _choose, Path(output_dir) / "checkpoints", which)
+    directory = mesh.on_rank_zero(_choose, Path(output_dir) / "checkpoints", which)
     if directory is None:
         return None
-    manifest = _on_rank_zero(mesh, _read_manifest, directory, _degrees(engine, mesh))
-    _on_every_rank(mesh, _verify, directory, _share(mesh, manifest["files"]))
+    manifest = mesh.on_rank_zero(_read_manifest, directory, _degrees(engine, mesh))
+    mesh.on_every_rank(_verify, directory, _share(mesh, manifest["files"]))
     with _weights_only(engine):
         loaded, _ = engine.load_checkpoint(str(directory.parent), tag=directory.name)
     assert loaded is not None, "the manifest lists every file that DeepSpeed saved"
@@ -147,11 +147,12 @@ def export_pretrained(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
 
-    _on_rank_zero(mesh, write)
+    mesh.on_rank_zero(write)
     return final
 
 
-def _prepare(root: Path, client_state: dict[str, Any], keep: int) -> None:
+def _prepare(root: Path, step: int, client_state: dict[str, Any], keep: int) -> Path:
+    """Make room for a save; returns the place that it is to have."""
     if keep < 1:
         raise ValueError(f"keep = {keep} must be at least 1")
     try:
@@ -161,6 +162,12 @@ def _prepare(root: Path, client_state: dict[str, Any], keep: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for abandoned in root.glob(f"*{PARTIAL}"):
         shutil.rmtree(abandoned)
+    # A step that is saved again gets a place of its own: no moment without a checkpoint.
+    place, again = root / f"step-{step:06d}", 1
+    while place.exists():
+        again += 1
+        place = root / f"step-{step:06d}-{again}"
+    return place
 
 
 def _save_rank_state(partial: Path, rank: int, client_state: dict[str, Any]) -> None:
@@ -172,8 +179,11 @@ def _save_rank_state(partial: Path, rank: int, client_state: dict[str, Any]) -> 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     """Turn a complete save into the latest checkpoint, and drop the oldest."""
     _write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
-    replace_folder(partial, final)
+    os.replace(partial, final)
     _write_atomically(final.parent / "latest", final.name)
+    for superseded in final.parent.glob(f"step-{manifest['step']:06d}*"):
+        if superseded != final:
+            shutil.rmtree(superseded)
     by_age = sorted(_complete(final.parent), key=lambda d: (d / MANIFEST).stat().st_mtime_ns)
     for directory in by_age[:-keep]:
         if directory != final:
@@ -247,10 +257,10 @@ def _read_manifest(directory: Path, degrees: dict[str, int]) -> dict[str, Any]:
 
 def _digest_together(mesh: SPMesh, directory: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file in a directory, each hashed by one rank. Collective."""
-    paths = _on_rank_zero(mesh, lambda: [p for p in directory.rglob("*") if p.is_file()])
+    paths = mesh.on_rank_zero(lambda: [p for p in directory.rglob("*") if p.is_file()])
     share = _share(mesh, {str(path.relative_to(directory)): path for path in paths})
     gathered: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(gathered, _on_every_rank(mesh, _digest_all, share))
+    dist.all_gather_object(gathered, mesh.on_every_rank(_digest_all, share))
     return {name: digest for part in gathered for name, digest in part.items()}
 
 
@@ -350,33 +360,5 @@ def _restore_rng(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
 
-
-def _on_every_rank(mesh: SPMesh, fn: Callable[..., Any], *args: Any) -> Any:
-    """What `fn` returns; where it fails on any rank, it fails on all. Collective."""
-    result, failure = None, None
-    try:
-        result = fn(*args)
-    except _FILE_ERRORS as error:
-        failure = error
-    mesh.agree(failure)
-    return result
-
-
-def _on_rank_zero(mesh: SPMesh, fn: Callable[..., Any], *args: Any) -> Any:
-    """What `fn` returns or raises on rank 0, on every rank: one view of the files. Collective."""
-    result, failure = None, None
-    try:
-        result = fn(*args) if mesh.rank == 0 else None
-    except _FILE_ERRORS as error:
-        failure = error
-    outcome = [result, None if failure is None else str(failure)]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1]) from failure
-    return outcome[0]
-
-
-# torch.save reports a full disk as a RuntimeError.
-_FILE_ERRORS = (OSError, RuntimeError, ValueError)
 
 __all__ = ["export_pretrained", "load_checkpoint", "save_checkpoint"]

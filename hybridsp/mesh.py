@@ -17,13 +17,19 @@ sees the mesh through `SPMesh.mpu`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from hybridsp.launch import COLLECTIVE_TIMEOUT, init_distributed
+
+T = TypeVar("T")
+
+# What reading and writing files raises; torch reports a full disk as a RuntimeError.
+FILE_ERRORS = (OSError, RuntimeError, ValueError)
 
 
 class SPMesh:
@@ -107,6 +113,41 @@ class SPMesh:
         else:
             message = "; ".join(f"rank {rank}: {report}" for rank, report in failed.items())
         raise ValueError(message) from error if isinstance(error, Exception) else None
+
+    def on_every_rank(self, work: Callable[..., T], *args: Any) -> T:
+        """What `work(*args)` returns; where it fails on any rank, it fails on all. Collective.
+
+        For work on files and data, which can fail on one host alone.
+
+        Raises:
+            ValueError: some rank met an OSError, RuntimeError or ValueError.
+        """
+        result, failure = None, None
+        try:
+            result = work(*args)
+        except FILE_ERRORS as error:
+            failure = error
+        self.agree(failure)
+        return cast("T", result)
+
+    def on_rank_zero(self, work: Callable[..., T], *args: Any) -> T:
+        """What `work(*args)` returns or raises on rank 0, on every rank. Collective.
+
+        For one view of the file system, which other hosts may see later.
+
+        Raises:
+            ValueError: rank 0 met an OSError, RuntimeError or ValueError.
+        """
+        result, failure = None, None
+        try:
+            result = work(*args) if self.rank == 0 else None
+        except FILE_ERRORS as error:
+            failure = error
+        outcome = [result, None if failure is None else str(failure)]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1]) from failure
+        return cast("T", outcome[0])
 
     def __repr__(self) -> str:
         return (

@@ -155,6 +155,10 @@ class Recipe:
             pattern = getattr(self, name)
             if pattern is not None and not glob(pattern, recursive=True):
                 raise ValueError(f"{name} = {pattern!r} matches no file from {Path.cwd()}")
+        record = Path(self.output_dir) / "metrics.jsonl"
+        if self.resume == "never" and record.exists():
+            remedy = "choose another output_dir, or write auto"
+            raise ValueError(f"resume = 'never', but {record} is there from another run: {remedy}")
         if self.resume not in ("auto", "never") and not Path(self.resume).is_dir():
             remedy = "write auto, never, or the directory of a checkpoint"
             raise ValueError(f"resume = {self.resume!r} is no directory: {remedy}")

@@ -249,10 +249,10 @@ def lifetimes(directory):
             (root / "latest").write_text("step-000003")
             shutil.rmtree(root / "step-000003")
     assert load() == 2
-    # The same step again replaces it, and what was abandoned goes.
+    # The same step again, beside the first one until it is complete; what was abandoned goes.
     save_checkpoint(engine, mesh, directory, 2, {"step": 22}, keep=2)
     assert load() == 22
-    assert {p.name for p in root.iterdir() if p.is_dir()} == {"step-000002"}
+    assert {p.name for p in root.iterdir() if p.is_dir()} == {"step-000002-2"}
     # After a return to an earlier step, the abandoned later ones are the older ones.
     save_checkpoint(engine, mesh, directory, 9, {"step": 9}, keep=3)
     save_checkpoint(engine, mesh, directory, 3, {"step": 33}, keep=2)

@@ -25,7 +25,7 @@ LAYERS = [
     "attention loss memory",
     "models",
     "parallelize adapters engine sharding data convert checkpoint recipe deepspeed_config "
-    "metrics planner",
+    "pretrained metrics planner",
     "hybridsp",  # the public surface, hybridsp/__init__.py
     "cli bench train",
 ]

@@ -91,6 +91,13 @@ REFUSED = {
         {},
         ["layer 2: linear_attn is ForeignMixer", "HybridGLALinearAttention"],
     ),
+    "RoPE that depends on the length": (
+        lambda: dense_model(
+            "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        ),
+        {},
+        ["'dynamic'", "use linear, yarn or llama3"],
+    ),
     "dropout": (
         lambda: dense_model("llama", attention_dropout=0.1),
         {},

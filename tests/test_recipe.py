@@ -98,6 +98,16 @@ def test_shipped_recipes_are_valid(name):
         assert set(yaml.safe_load(text)) == {field.name for field in dataclasses.fields(Recipe)}
 
 
+def test_never_does_not_write_over_another_run(recipe_file, tmp_path):
+    path = recipe_file(resume="never")
+    load_recipe(path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"resume = 'never', but run.metrics.jsonl is there"):
+        load_recipe(path)
+    load_recipe(path, ["resume=auto"])
+
+
 def test_files_and_overrides_that_cannot_be_read_are_named(recipe_file, tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the recipe nowhere.yaml: No such file"):
         load_recipe("nowhere.yaml")

@@ -20,9 +20,9 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch.distributed as dist
@@ -36,9 +36,8 @@ from hybridsp.deepspeed_config import deepspeed_config, first_iteration
 from hybridsp.launch import rank_from_environment
 from hybridsp.mesh import SPMesh
 from hybridsp.metrics import RunLogger
+from hybridsp.pretrained import check_safetensors, load_causal_lm
 from hybridsp.recipe import Recipe, load_recipe
-
-T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,17 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         transformers.set_seed(recipe.seed)
         config = deepspeed_config(recipe, mesh)
 
-        tokenizer, model = agreed(mesh, load_pretrained, recipe)
+        tokenizer, model = mesh.on_every_rank(load_pretrained, recipe)
         num_parameters = model.num_parameters()
         hybridsp.parallelize(model, mesh)
-        train_loader, eval_batches = agreed(mesh, load_data, recipe, tokenizer, mesh)
+        train_loader, eval_batches = mesh.on_every_rank(load_data, recipe, tokenizer, mesh)
         engine = hybridsp.initialize(model, mesh, config)
         engine.lr_scheduler.step(first_iteration(recipe))
         first_step = resume(recipe, mesh, engine, train_loader)
         if mesh.rank == 0:
             print(describe(recipe, mesh, engine, num_parameters, first_step), flush=True)
 
-        log = agreed(mesh, open_log, recipe, mesh, first_step)
+        log = mesh.on_every_rank(open_log, recipe, mesh, first_step)
         train(recipe, mesh, engine, train_loader, eval_batches, log, first_step)
         log.close()
 
@@ -139,7 +138,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def load_pretrained(recipe: Recipe) -> tuple[Any, Any]:
     """The tokenizer and the model of the recipe's checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.torch_dtype)
+    check_safetensors(recipe.model)
+    model = load_causal_lm(recipe.model, dtype=recipe.torch_dtype)
     if recipe.activation_checkpointing:
         model.activation_checkpointing_enable()
     return tokenizer, model
@@ -217,20 +217,6 @@ def generate(directory: Path, recipe: Recipe) -> str:
     prompt = tokenizer(recipe.generate_prompt, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=recipe.max_new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
-
-
-def agreed(mesh: SPMesh, fn: Callable[..., T], *args: Any) -> T:
-    """What `fn` returns; where it fails on any rank, it fails on all. Collective.
-
-    For work on files and data, which can fail on one host alone.
-    """
-    result, error = None, None
-    try:
-        result = fn(*args)
-    except (OSError, ValueError) as caught:
-        error = caught
-    mesh.agree(error)
-    return result  # type: ignore[return-value]
 
 
 def keep_quiet(is_main: bool) -> None:

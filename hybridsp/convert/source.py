@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from hybridsp.convert.mapping import SUPPORTED_MODEL_TYPES
+from hybridsp.pretrained import check_safetensors, load_causal_lm
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -60,7 +60,7 @@ class Source:
             num_tensors = _check_gguf(self.path)
         else:
             _check_config_file(self.folder / "config.json")
-            _check_safetensors(self.folder)
+            check_safetensors(self.folder)
         with _blame(self.path, "config"):
             config = AutoConfig.from_pretrained(**self._location)
         if self.gguf_file:
@@ -90,23 +90,11 @@ class Source:
         Raises:
             ValueError: weights are missing, left over or of another shape than the config says.
         """
-        dequantised = {"quantization_config": GgufConfig(dequantize=True)} if self.gguf_file else {}
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            **self._location,
-            **dequantised,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        for problem in ("missing", "unexpected", "mismatched"):
-            if names := sorted(map(str, loaded[f"{problem}_keys"])):
-                raise ValueError(
-                    f"{self.path} does not fit its own config: {len(names)} {problem} weights, "
-                    f"for example {names[0]}; download it again or repair config.json"
-                )
-        return model
+        options: dict[str, Any] = {"config": config, "dtype": dtype}
+        if self.gguf_file:
+            options["gguf_file"] = self.gguf_file
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        return load_causal_lm(self.folder, **options)
 
 
 def find_source(src: str | Path) -> Source:
@@ -170,33 +158,6 @@ def _check_config_file(path: Path) -> None:
                 f"{path}: {key} says the weights are quantised ({method}); convert the "
                 "unquantised checkpoint, or a GGUF file"
             )
-
-
-def _check_safetensors(folder: Path) -> None:
-    """Open every shard, which compares its header with its size."""
-    files = [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not files[0].exists():
-        if not index.exists():
-            raise FileNotFoundError(
-                f"SRC = {folder} holds neither model.safetensors nor {index.name}; weights in "
-                "another format are rewritten by transformers' save_pretrained"
-            )
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of shards: {error}") from error
-        files = [folder / name for name in sorted(shards)]
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{index.name} names {file}, which is missing")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is corrupt or truncated ({error}); download it again"
-            ) from error
 
 
 def _check_gguf(path: Path) -> int:
