@@ -224,9 +224,15 @@ def _complete(root: Path) -> list[Path]:
     return [m.parent for m in root.glob(f"step-*/{MANIFEST}") if m.parent.suffix != PARTIAL]
 
 
-def _degrees(engine: Any, mesh: SPMesh) -> dict[str, int]:
-    """What a checkpoint's files are cut by: they fit a run with the same numbers only."""
+def _degrees(engine: Any, mesh: SPMesh) -> dict[str, Any]:
+    """What a checkpoint's files are cut by: they fit a run with the same values only."""
+    # ZeRO-3 leaves nothing of a parameter's shape but ds_shape.
+    shapes = {
+        n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()
+    }
+    digest = hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()
     return {
+        "model": f"{type(engine.module).__name__} with parameters {digest[:12]}",
         "world_size": mesh.world_size,
         "dp": mesh.dp,
         "ring": mesh.ring,
@@ -235,7 +241,7 @@ def _degrees(engine: Any, mesh: SPMesh) -> dict[str, int]:
     }
 
 
-def _read_manifest(directory: Path, degrees: dict[str, int]) -> dict[str, Any]:
+def _read_manifest(directory: Path, degrees: dict[str, Any]) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -249,7 +255,7 @@ def _read_manifest(directory: Path, degrees: dict[str, int]) -> dict[str, Any]:
         then = ", ".join(f"{name} = {saved[name]}" for name in different)
         now = ", ".join(f"{name} = {degrees[name]}" for name in different)
         raise ValueError(
-            f"{directory} was saved at {then}, but this run has {now}: resume at the same degrees, "
+            f"{directory} was saved at {then}, but this run has {now}: resume with the same, "
             "or start from an exported model"
         )
     return manifest

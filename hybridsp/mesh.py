@@ -28,9 +28,6 @@ from hybridsp.launch import COLLECTIVE_TIMEOUT, init_distributed
 
 T = TypeVar("T")
 
-# What reading and writing files raises; torch reports a full disk as a RuntimeError.
-FILE_ERRORS = (OSError, RuntimeError, ValueError)
-
 
 class SPMesh:
     """The grid dp x ring x ulysses and its process groups.
@@ -104,7 +101,8 @@ class SPMesh:
             ValueError: some rank brought an error; the message names each such rank and error.
         """
         reports: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(reports, None if error is None else str(error))
+        report = _message(error) if isinstance(error, Exception) else error
+        dist.all_gather_object(reports, report)
         failed = {rank: report for rank, report in enumerate(reports) if report is not None}
         if not failed:
             return
@@ -120,13 +118,9 @@ class SPMesh:
         For work on files and data, which can fail on one host alone.
 
         Raises:
-            ValueError: some rank met an OSError, RuntimeError or ValueError.
+            ValueError: some rank met an error.
         """
-        result, failure = None, None
-        try:
-            result = work(*args)
-        except FILE_ERRORS as error:
-            failure = error
+        result, failure = _attempt(work, *args)
         self.agree(failure)
         return cast("T", result)
 
@@ -136,14 +130,10 @@ class SPMesh:
         For one view of the file system, which other hosts may see later.
 
         Raises:
-            ValueError: rank 0 met an OSError, RuntimeError or ValueError.
+            ValueError: rank 0 met an error.
         """
-        result, failure = None, None
-        try:
-            result = work(*args) if self.rank == 0 else None
-        except FILE_ERRORS as error:
-            failure = error
-        outcome = [result, None if failure is None else str(failure)]
+        result, failure = _attempt(work, *args) if self.rank == 0 else (None, None)
+        outcome = [result, None if failure is None else _message(failure)]
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise ValueError(outcome[1]) from failure
@@ -260,6 +250,19 @@ class DeepSpeedView:
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_rank = get_model_parallel_rank
+
+
+def _attempt(work: Callable[..., T], *args: Any) -> tuple[T | None, Exception | None]:
+    try:
+        return work(*args), None
+    except Exception as error:  # noqa: BLE001 - none is lost: every rank raises it
+        return None, error
+
+
+def _message(error: Exception) -> str:
+    """What an error says, with its type where that is not one that speaks for itself."""
+    speaks = isinstance(error, (OSError, RuntimeError, ValueError))
+    return str(error) if speaks else f"{type(error).__name__}: {error}"
 
 
 def _my_group(rows: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:

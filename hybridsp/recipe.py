@@ -193,7 +193,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not equals:
             raise ValueError(f"override {override!r} must have the form key=value")
         refuse_unknown([key], known, "command line: unknown key")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            message = f"override {override!r} is no valid YAML: {one_line(error)}"
+            raise ValueError(message) from None
     try:
         recipe = Recipe(**settings)
         recipe.check_files()

@@ -37,7 +37,7 @@ from hybridsp.launch import rank_from_environment
 from hybridsp.mesh import SPMesh
 from hybridsp.metrics import RunLogger
 from hybridsp.pretrained import check_safetensors, load_causal_lm
-from hybridsp.recipe import Recipe, load_recipe
+from hybridsp.recipe import Recipe, load_recipe, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mesh = SPMesh(ring=recipe.ring, ulysses=recipe.ulysses)
         keep_quiet(is_main=mesh.rank == 0)
         transformers.set_seed(recipe.seed)
-        config = deepspeed_config(recipe, mesh)
+        config = mesh.on_every_rank(deepspeed_config, recipe, mesh)
 
         tokenizer, model = mesh.on_every_rank(load_pretrained, recipe)
         num_parameters = model.num_parameters()
-        hybridsp.parallelize(model, mesh)
+        mesh.on_every_rank(hybridsp.parallelize, model, mesh)
         train_loader, eval_batches = mesh.on_every_rank(load_data, recipe, tokenizer, mesh)
         engine = hybridsp.initialize(model, mesh, config)
         engine.lr_scheduler.step(first_iteration(recipe))
@@ -137,7 +137,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def load_pretrained(recipe: Recipe) -> tuple[Any, Any]:
     """The tokenizer and the model of the recipe's checkpoint."""
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    except Exception as error:  # tokenizers raises plain Exceptions, which name no file
+        raise ValueError(f"the tokenizer of {recipe.model} cannot be read: {error}") from error
     check_safetensors(recipe.model)
     model = load_causal_lm(recipe.model, dtype=recipe.torch_dtype)
     if recipe.activation_checkpointing:
@@ -250,7 +253,8 @@ def errors_of_users(*, show_traceback: bool) -> Iterator[None]:
             # An error of all ranks is told by rank 0, and the launcher ends the others meanwhile.
             # One that only this rank met would otherwise not be told by anyone.
             time.sleep(3)
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+        whose = "error" if rank == 0 else f"error on rank {rank}"
+        print(f"{whose}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
