@@ -112,15 +112,15 @@ def snapshot(directory):
     }
 
 
-def launch(directory, *arguments, ranks):
+def launch(directory, *overrides, ranks, device):
     """Run the script by DeepSpeed's launcher; nothing of it is left, whatever it does."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(port), str(SCRIPT), *arguments]
+    command += ["--master_port", str(port), str(SCRIPT), "recipe.yaml", *overrides]
     environment = {
         **os.environ,
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": "1",
         "HF_DATASETS_CACHE": str(directory / "cache"),
         "HF_HUB_OFFLINE": "1",
@@ -142,12 +142,13 @@ def launch(directory, *arguments, ranks):
     return job.returncode, output
 
 
-def test_a_launched_job_trains_a_model_that_anyone_can_load(tmp_path):
-    run = tmp_path / "run"
-    make_host(tmp_path, "run", ring=2, ulysses=2, deepspeed="zero3")
-    code, output = launch(tmp_path, "recipe.yaml", "schedule=linear", ranks=4)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_launched_job_trains_a_model_that_anyone_can_load(tmp_path, device):
+    run, ulysses = tmp_path / "run", {"cpu": 2, "cuda": 1}[device]
+    make_host(tmp_path, "run", ring=2, ulysses=ulysses, deepspeed="zero3")
+    code, output = launch(tmp_path, "schedule=linear", ranks=2 * ulysses, device=device)
     assert code == 0, output
-    assert "dp 1 x ring 2 x ulysses 2 on cpu" in output
+    assert f"dp 1 x ring 2 x ulysses {ulysses} on {device}" in output
     assert "ZeRO stage      3" in output
 
     losses, evaluations = rows_of(run, "loss"), rows_of(run, "eval_loss")
