@@ -184,7 +184,7 @@ def resume(recipe: Recipe, mesh: SPMesh, engine: Any, loader: PackedLoader) -> i
     state = load_checkpoint(engine, mesh, recipe.output_dir, recipe.resume)
     if state is None:
         return 0
-    loader.load_state_dict(state["data"])
+    mesh.on_every_rank(loader.load_state_dict, state["data"])
     return state["step"]
 
 
