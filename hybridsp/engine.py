@@ -86,7 +86,7 @@ def initialize(
 
     config = _checked_config(model, mesh, config)
     if mesh.device.type == "cpu":
-        _skip_shared_memory_collectives()
+        _spare_a_compiler(config)
     _fetch_whole_layers(model)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -217,11 +217,15 @@ def _fetch_whole_layers(model: PreTrainedModel) -> None:
         set_z3_leaf_module(layer, True)
 
 
-def _skip_shared_memory_collectives() -> None:
-    """Spare the CPU user a compiler: DeepSpeed builds this op at start, for inference only."""
+def _spare_a_compiler(config: dict[str, Any]) -> None:
+    """Keep DeepSpeed on a CPU from compiling ops at start, which takes minutes and a compiler."""
     import deepspeed.ops
 
+    # Only its inference uses this one.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = config.get("optimizer", {})
+    if str(optimizer.get("type")).lower() in ("adam", "adamw"):
+        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
 
 
 __all__ = ["StepResult", "eval_step", "initialize", "train_step"]

@@ -116,15 +116,22 @@ def _init_process_group(backend: str, timeout: timedelta, device: torch.device |
             "MASTER_ADDR (the first host of the job) and MASTER_PORT before the script"
         )
     os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group(
-        backend,
-        init_method=None if alone else "env://",
-        store=dist.HashStore() if alone else None,
-        rank=me.rank,
-        world_size=me.world_size,
-        timeout=timeout,
-        device_id=device,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=None if alone else "env://",
+            store=dist.HashStore() if alone else None,
+            rank=me.rank,
+            world_size=me.world_size,
+            timeout=timeout,
+            device_id=device,
+        )
+    except dist.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"rank {me.rank} cannot meet the others at {place} ({error}): is another job there? "
+            "Choose another port (--master_port)"
+        ) from error
 
 
 __all__ = ["COLLECTIVE_TIMEOUT", "Rank", "init_distributed", "rank_from_environment"]

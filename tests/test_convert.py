@@ -24,7 +24,8 @@ from hybridsp.convert import choose_softmax_layers, convert_model
         (0.0, 4, []),
         (1.0, 3, [0, 1, 2]),
         ("1.0", 3, [0, 1, 2]),
-        ("1", 3, [1]),  # no dot: an index
+        ("2", 3, [2]),  # no dot: an index
+        ("1,", 3, [1]),
         ("7, 3", 8, [3, 7]),
         ([2, 0], 3, [0, 2]),
         ([], 3, []),
@@ -45,6 +46,8 @@ def test_choose_softmax_layers(spec, num_layers, expected):
         (float("nan"), "no fraction in [0, 1]"),
         (1, "write 1.0 or [1]"),
         (True, "write 1.0 or [1]"),
+        ("1", "write 1.0 for all layers, or 1, with a comma for layer 1"),
+        ("0", "write 0.0 for none"),
         ("8", "numbered 0 to 7"),
         ([-1], "numbered 0 to 7"),
         ("3,3", "twice"),
@@ -75,7 +78,7 @@ def test_all_softmax_is_the_source_bit_for_bit(name):
 @pytest.mark.parametrize("name", SOFTMAX_MODELS)
 def test_every_weight_is_reused(name):
     model = tiny_softmax_model(name)
-    hybrid = convert_model(model, "1")
+    hybrid = convert_model(model, [1])
     kept = dict(hybrid.named_parameters())
     for source_name, weight in model.named_parameters():
         mixer = "self_attn" if ".1.self_attn" in source_name else "linear_attn"

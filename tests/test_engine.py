@@ -140,7 +140,7 @@ def ten_steps(ring, ulysses, stage, dp_micro_batches):
     model = tiny_model()
     model.gradient_checkpointing_enable()
     hybridsp.parallelize(model, mesh)
-    adamw = {"lr": 2e-3, "weight_decay": 0.0, "torch_adam": True}
+    adamw = {"lr": 2e-3, "weight_decay": 0.0}
     config = deepspeed_config(
         stage,
         gradient_accumulation_steps=len(batches),
@@ -152,6 +152,7 @@ def ten_steps(ring, ulysses, stage, dp_micro_batches):
         zero_allow_untested_optimizer=True,
     )
     engine = hybridsp.initialize(model, mesh, config)
+    assert isinstance(engine.basic_optimizer, torch.optim.AdamW), "nothing is compiled on a CPU"
     steps = [hybridsp.train_step(engine, batches) for _ in range(10)]
     return [(step.loss, step.grad_norm) for step in steps], hybridsp.eval_step(engine, batches)
 

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if mesh.rank == 0:
             print(f"{log.summary()}\nThe trained model is in {exported}", flush=True)
             if recipe.generate_prompt is not None:
-                print(generate(exported, recipe), flush=True)
+                print("It continues the prompt:\n" + generate(exported, recipe), flush=True)
 
 
 def train(

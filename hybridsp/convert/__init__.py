@@ -95,9 +95,7 @@ def _check_destination(dst: Path, source: Source, overwrite: bool) -> None:
     if not os.path.lexists(dst):
         return
     if not overwrite:
-        raise ValueError(
-            f"DST = {dst} exists; choose another name, or pass overwrite to replace it"
-        )
+        raise ValueError(f"DST = {dst} exists; choose another name, or overwrite it (--overwrite)")
     if dst.is_symlink() or not (dst / "config.json").is_file():
         raise ValueError(
             f"DST = {dst} is no folder with a config.json, so overwrite does not replace it; "

@@ -50,10 +50,15 @@ def choose_softmax_layers(spec: SoftmaxLayers, num_layers: int) -> list[int]:
 def _parse(spec: str, num_layers: int) -> list[int]:
     if spec.startswith("every:"):
         return _every(spec, num_layers)
+    if spec in ("0", "1"):
+        raise ValueError(
+            f"softmax_layers = {spec!r} could be a fraction or a layer index; write {spec}.0 for "
+            f"{'all layers' if spec == '1' else 'none'}, or {spec}, with a comma for layer {spec}"
+        )
     try:
         if "." in spec:
             return _spread(float(spec), num_layers)
-        indices = [int(index) for index in spec.split(",")]
+        indices = [int(index) for index in spec.removesuffix(",").split(",")]
     except ValueError as error:
         # _spread's own message already says what is wrong with a number it could read.
         if str(error).startswith("softmax_layers"):
