@@ -34,14 +34,14 @@ def appear_at_once(final: Path, *, overwrite: bool = True) -> Iterator[Path]:
         yield work
         _share_as_usual(work)
         if overwrite:
-            replace_folder(work, final)
+            _replace_folder(work, final)
         else:
             os.replace(work, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def replace_folder(new: Path, final: Path) -> None:
+def _replace_folder(new: Path, final: Path) -> None:
     """Rename `new` to `final`; an older `final` is removed, or restored if that fails."""
     aside = final.with_name(f".{final.name}.{os.getpid()}.old")
     replacing = final.exists()

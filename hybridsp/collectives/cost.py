@@ -33,7 +33,7 @@ class Link:
 
 # NCCL send/recv between two H200 over NVLink: 35-50 us up to 4 MiB, 256 MiB in 743 us.
 NVLINK = Link(latency=40e-6, bandwidth=360e9)
-# gloo over loopback on two cores.
+# gloo over loopback: assumed, not measured.
 LOOPBACK = Link(latency=200e-6, bandwidth=1e9)
 
 

@@ -56,7 +56,9 @@ class TiledCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, tokens_per_tile, learns):  # noqa: D102
         wanted = [learns and needed for needed in ctx.needs_input_grad[:2]]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        dhidden = None
+        if wanted[0]:
+            dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         dweight = None
         if wanted[1]:
             dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -67,7 +69,7 @@ class TiledCrossEntropy(torch.autograd.Function):
             total += F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED_LABEL)
             if any(wanted):
                 dlogits = _logit_gradient(logits, targets).to(hidden.dtype)
-                if wanted[0]:
+                if dhidden is not None:
                     dhidden.view(-1, hidden.shape[-1])[rows : rows + len(targets)] = (
                         dlogits @ weight
                     )
@@ -82,7 +84,7 @@ class TiledCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):  # noqa: D102
         dhidden, dweight = ctx.saved_tensors
-        dhidden = (dhidden.float() * dloss).to(dhidden.dtype)
+        dhidden = (dhidden.float() * dloss).to(ctx.dtype) if dhidden is not None else None
         dweight = (dweight * dloss).to(ctx.dtype) if dweight is not None else None
         return dhidden, dweight, None, None, None
 
