@@ -1,26 +1,36 @@
-"""What a scan over ranks costs, and so which algorithm and how many blocks.
+"""What a scan over ranks costs, and so which algorithm, how many blocks, and which hosts.
 
-A message of s bytes takes latency + s / bandwidth. For a state of S bytes on P ranks:
+A message of s bytes takes latency + s / bandwidth. On P ranks of one host, for a state of S bytes
+and a decay of D bytes,
 
     chain, n blocks    (P - 2 + n) (latency + S / (n bandwidth))
-    all-gather         latency + (P - 1) S / bandwidth
+    doubling           ceil(log2 P) (latency + (S + D) / bandwidth)
+    all-gather         latency + (P - 1) (S + D) / bandwidth
 
-and the chain is fastest at n = sqrt((P - 2) S / (latency * bandwidth)).
-The chain's first block needs P - 1 hops and the other n - 1 follow one behind the other (ZeCO,
-arXiv:2507.01004, whose formula leaves the latency out and so wants ever more blocks).
+The chain's first block needs P - 1 hops and the other n - 1 follow one behind the other, so it is
+fastest near n = sqrt((P - 2) S / (latency * bandwidth)). (ZeCO, arXiv:2507.01004, leaves the
+latency out of its formula and so wants ever more blocks.) There are at most K blocks, few enough
+to try every number, which also serves where links differ.
+
+On H hosts of R ranks a chain crosses hosts H - 1 times, doubling in each of its steps. The
+`hierarchical` scan doubles inside the hosts, passes the totals of the hosts along a chain of H
+ranks, and hands each block, as it comes, to the other R - 1 ranks of its host:
+
+    hierarchical       doubling on R ranks + (H - 2 + n) max(hop, copies) + copies
+                       hop = between hosts, S / n bytes; copies = inside, (R - 1) S / n bytes
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
-
-import torch
+from functools import lru_cache
+from math import ceil, log2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A link between two ranks.
+    """A way for messages.
 
     Attributes:
         latency: seconds of a message of no bytes.
@@ -30,29 +40,161 @@ class Link:
     latency: float
     bandwidth: float
 
-
-# NCCL send/recv between two H200 over NVLink: 35-50 us up to 4 MiB, 256 MiB in 743 us.
-NVLINK = Link(latency=40e-6, bandwidth=360e9)
-# gloo over loopback: assumed, not measured.
-LOOPBACK = Link(latency=200e-6, bandwidth=1e9)
+    def seconds(self, num_bytes: float) -> float:
+        """Time of a message."""
+        return self.latency + num_bytes / self.bandwidth
 
 
-def link_of(device: torch.device) -> Link:
-    """The assumed link between ranks that compute on `device`."""
-    return NVLINK if device.type == "cuda" else LOOPBACK
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """How fast the ranks of a group reach each other; `collectives.topology` measures it.
+
+    Attributes:
+        ranks_per_host: consecutive ranks that share a host (the last host may have fewer); None
+            where hosts are not like that, and then every hop counts as one between hosts.
+        within: one rank to the next on its host; None if every rank is alone on its host.
+        between: one rank to the next on another host; None if there is one host.
+        all_gather: the bandwidth at which a rank receives the other ranks' bytes.
+    """
+
+    ranks_per_host: int | None
+    within: Link | None
+    between: Link | None
+    all_gather: Link
+
+    @property
+    def inner(self) -> Link:
+        """The link inside a host, or the only one there is."""
+        return self._known(self.within, self.between)
+
+    @property
+    def outer(self) -> Link:
+        """The link between hosts, or the only one there is."""
+        return self._known(self.between, self.within)
+
+    @staticmethod
+    def _known(link: Link | None, other: Link | None) -> Link:
+        known = link or other
+        assert known is not None, "a topology of one rank has no links"
+        return known
+
+    def hosts(self, ranks: int) -> int:
+        """Hosts that so many ranks fill."""
+        return ceil(ranks / (self.ranks_per_host or 1))
+
+    def slowest(self, ranks: int) -> Link:
+        """The link that holds up a step in which every rank sends to another."""
+        return self.inner if self.hosts(ranks) == 1 else self.outer
 
 
-def chain_seconds(link: Link, ranks: int, num_bytes: int, blocks: int) -> float:
-    """Time of a pipelined chain."""
-    return (ranks - 2 + blocks) * (link.latency + num_bytes / (blocks * link.bandwidth))
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One way to scan.
+
+    Attributes:
+        algorithm: never "auto".
+        num_blocks: of the chain and of the hierarchical scan; None for the others.
+        ranks_per_host: of the hierarchical scan; None for the others.
+    """
+
+    algorithm: str
+    num_blocks: int | None = None
+    ranks_per_host: int | None = None
 
 
-def all_gather_seconds(link: Link, ranks: int, num_bytes: int) -> float:
-    """Time of an all-gather in which every rank receives P - 1 states."""
-    return link.latency + (ranks - 1) * num_bytes / link.bandwidth
+def chain_seconds(topology: Topology, ranks: int, num_bytes: int, blocks: int) -> float:
+    """Time of a pipelined chain through all ranks."""
+    if ranks == 1:
+        return 0.0
+    block = num_bytes / blocks
+    crossings = topology.hosts(ranks) - 1
+    first = crossings * topology.outer.seconds(block)
+    first += (ranks - 1 - crossings) * topology.inner.seconds(block)
+    return first + (blocks - 1) * topology.slowest(ranks).seconds(block)
 
 
-def chain_blocks(link: Link, ranks: int, num_bytes: int, most: int) -> int:
-    """The number of blocks, 1 to `most`, that makes the chain fastest."""
-    best = sqrt(max(ranks - 2, 0) * num_bytes / (link.latency * link.bandwidth))
-    return min(max(round(best), 1), most)
+def doubling_seconds(topology: Topology, ranks: int, num_bytes: int, decay_bytes: int) -> float:
+    """Time of recursive doubling over all ranks."""
+    steps = ceil(log2(ranks))
+    return steps * topology.slowest(ranks).seconds(num_bytes + decay_bytes) if steps else 0.0
+
+
+def all_gather_seconds(topology: Topology, ranks: int, num_bytes: int, decay_bytes: int) -> float:
+    """Time of one all-gather in which every rank receives P - 1 pairs."""
+    return topology.all_gather.seconds((ranks - 1) * (num_bytes + decay_bytes))
+
+
+def hierarchical_seconds(
+    topology: Topology,
+    ranks: int,
+    num_bytes: int,
+    decay_bytes: int,
+    blocks: int,
+    ranks_per_host: int,
+) -> float:
+    """Time of doubling inside hosts and a pipelined chain between them."""
+    steps, hosts = ceil(log2(ranks_per_host)), ceil(ranks / ranks_per_host)
+    inside = steps * topology.inner.seconds(num_bytes + decay_bytes) if steps else 0.0
+    if hosts == 1:
+        return inside
+    block, others = num_bytes / blocks, ranks_per_host - 1
+    copies = topology.inner.seconds(others * block) if others else 0.0
+    hop = topology.outer.seconds(block)
+    return inside + (hosts - 2 + blocks) * max(hop, copies) + copies
+
+
+def chain_plan(topology: Topology, ranks: int, num_bytes: int, rows: int) -> tuple[float, Plan]:
+    """Seconds and number of blocks, 1 to `rows`, of the fastest chain."""
+    seconds, blocks = _fastest(lambda n: chain_seconds(topology, ranks, num_bytes, n), rows)
+    return seconds, Plan(algorithm="chain", num_blocks=blocks)
+
+
+def hierarchical_plan(
+    topology: Topology,
+    ranks: int,
+    num_bytes: int,
+    decay_bytes: int,
+    rows: int,
+    ranks_per_host: int,
+) -> tuple[float, Plan]:
+    """Seconds and number of blocks, 1 to `rows`, of the fastest hierarchical scan."""
+    seconds, blocks = _fastest(
+        lambda n: hierarchical_seconds(
+            topology, ranks, num_bytes, decay_bytes, n, ranks_per_host=ranks_per_host
+        ),
+        rows,
+    )
+    plan = Plan(algorithm="hierarchical", num_blocks=blocks, ranks_per_host=ranks_per_host)
+    return seconds, plan
+
+
+@lru_cache(maxsize=1024)
+def choose(topology: Topology, ranks: int, num_bytes: int, decay_bytes: int, rows: int) -> Plan:
+    """The plan predicted to be fastest.
+
+    Args:
+        topology: of the group.
+        ranks: size of the group.
+        num_bytes: of one rank's state.
+        decay_bytes: of one rank's decay.
+        rows: K, the most blocks that a state can be cut into.
+
+    Returns:
+        A plan with everything decided. Never "symmetric": it has not been proven on real links.
+        Never "hierarchical" on one host, where it is plain doubling.
+    """
+    doubling = doubling_seconds(topology, ranks, num_bytes, decay_bytes)
+    all_gather = all_gather_seconds(topology, ranks, num_bytes, decay_bytes)
+    plans = [
+        chain_plan(topology, ranks, num_bytes, rows),
+        (doubling, Plan(algorithm="doubling")),
+        (all_gather, Plan(algorithm="allgather")),
+    ]
+    local = topology.ranks_per_host
+    if local is not None and 1 < local < ranks:
+        plans.append(hierarchical_plan(topology, ranks, num_bytes, decay_bytes, rows, local))
+    return min(plans, key=lambda timed: timed[0])[1]
+
+
+def _fastest(seconds: Callable[[int], float], most: int) -> tuple[float, int]:
+    return min((seconds(blocks), blocks) for blocks in range(1, most + 1))

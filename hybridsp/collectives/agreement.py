@@ -1,0 +1,92 @@
+"""Do all ranks of a group make the same call? Asked once per kind of call, before anything is sent.
+
+Ranks that disagree on a shape or an option do not fail: they exchange messages that do not match,
+and hang or compute nonsense. So the first time a rank makes a call of a new kind it writes what it
+is about to do into the group's store. Rank 0 reads what all have written and writes the verdict,
+and every rank raises the same error or none. The store is not the network that collectives use: a
+rank that does *not* come is missed after the store's timeout, by name, on those that wait for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch.distributed as dist
+from torch.distributed import Store
+
+from hybridsp.collectives.per_group import per_group
+
+AGREED = "agreed"
+
+
+@per_group
+def _rounds(_group: dist.ProcessGroup) -> itertools.count[int]:
+    """Numbers the questions of a group: every rank asks them in the same order."""
+    return itertools.count()
+
+
+def agree(group: dist.ProcessGroup, call: str, refusal: str | None = None) -> None:
+    """Return if every rank of the group makes this call.
+
+    Args:
+        group: all its ranks call `agree`, and wait here for the last of them.
+        call: what this rank is about to do.
+        refusal: why this rank will not; it does not wait then, and the others are told.
+
+    Raises:
+        ValueError: the refusal of a rank, calls that differ, each rank's named, or ranks that did
+            not come within the timeout of the group's store (they make a call of a kind that was
+            agreed on before, and this rank a new one).
+    """
+    if group.size() > 1:
+        store = group.get_group_store()
+        prefix = f"hybridsp/agreement/{next(_rounds(group))}"
+        verdict = f"{prefix}/verdict"
+        store.set(f"{prefix}/{group.rank()}", call if refusal is None else f"refuses: {refusal}")
+        if group.rank() == 0:
+            judged = _judge(store, prefix, group.size(), call) if refusal is None else None
+            store.set(verdict, judged or f"rank 0 refuses: {refusal}")
+    if refusal is not None:
+        raise ValueError(refusal)
+    if group.size() > 1:
+        if _runs_out(store, [verdict]):
+            raise ValueError(_absence(call, [0]))
+        if (judged := _read(store, verdict)) != AGREED:
+            raise ValueError(judged)
+
+
+def _judge(store: Store, prefix: str, ranks: int, call: str) -> str:
+    """Rank 0's verdict on what all have written."""
+    keys = [f"{prefix}/{rank}" for rank in range(ranks)]
+    if _runs_out(store, keys):
+        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if absent:
+            return _absence(call, absent)
+    calls = [_read(store, key) for key in keys]
+    if len(set(calls)) == 1:
+        return AGREED
+    listed = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
+    return f"the ranks do not make the same call; give all of them the same arguments. {listed}"
+
+
+def _runs_out(store: Store, keys: list[str]) -> bool:
+    """Wait for the keys; whether the time ran out."""
+    try:
+        store.wait(keys)
+    except (dist.DistStoreError, RuntimeError) as error:
+        # FileStore raises a bare RuntimeError. Anything but time running out goes on up.
+        if "timeout" not in str(error).lower():
+            raise
+        return True
+    return False
+
+
+def _absence(call: str, absent: list[int]) -> str:
+    return (
+        f"ranks {absent} did not come to the call {call} before the group's store timed out: they "
+        "were in another call, or ended. Every rank must make the same calls in the same order"
+    )
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode()
