@@ -1,116 +1,28 @@
-"""Ops of one device against their oracles and plain PyTorch: outputs and every gradient."""
+"""Ops of one device against their oracles and plain PyTorch: outputs and every gradient.
+
+Gated linear attention has a file of its own, test_gla.py.
+"""
 
 import itertools
 
 import pytest
 import torch
+from exact import compare
 from torch.nn import functional as F
 
-from hybridsp.ops import LINEAR_ATTENTION_FUNCTIONS, SHORT_CONVOLUTION_FUNCTIONS
+from hybridsp.ops import SHORT_CONVOLUTION_FUNCTIONS
 from hybridsp.ops import softmax as softmax_module
 from hybridsp.ops.conv import causal_conv, document_offsets
-from hybridsp.ops.gla import gated_linear_attention, segment_ids
+from hybridsp.ops.gla import segment_ids
 from hybridsp.ops.interfaces import require_one_packed_row
 from hybridsp.ops.merge import merge_attention
-from hybridsp.ops.reference import naive_attention, naive_causal_conv, naive_gla
+from hybridsp.ops.reference import naive_attention, naive_causal_conv
 from hybridsp.ops.softmax import block_attention, block_attention_backward
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
-# Empty documents at both ends and inside, documents of one token, starts on and beside the edges
-# of chunks of 16 tokens.
+# Empty documents at both ends and inside, documents of one token.
 DOCUMENTS = [0, 0, 1, 16, 16, 17, 31, 48, 64, 65, 65]
-
-
-def assert_near(got, right, rtol=1e-5):
-    """Equal to 1e-5 of itself or, where a sum has cancelled, of the largest element (or of 1)."""
-    atol = 1e-5 * max(right.abs().max().item(), 1.0)
-    torch.testing.assert_close(got.double(), right, rtol=rtol, atol=atol)
-
-
-def compare(op, oracle, inputs, rtol=1e-5):
-    """Outputs and, for one random direction, gradients of op against the oracle in fp64."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    outs, expected = op(*inputs), oracle(*exact)
-    douts = [torch.randn(x.shape).to(x.dtype) for x in outs]
-    for out, right in zip(outs, expected, strict=True):
-        assert_near(out, right, rtol)
-    # An initial state of an empty first document reaches nothing.
-    grads = torch.autograd.grad(outs, inputs, douts, materialize_grads=True)
-    right_douts = [x.double() for x in douts]
-    right_grads = torch.autograd.grad(expected, exact, right_douts, materialize_grads=True)
-    for x, grad, right in zip(inputs, grads, right_grads, strict=True):
-        assert grad.dtype == x.dtype
-        assert_near(grad, right, rtol)
-
-
-def gla_inputs(length, decays, *, batch=2, heads=3, key_dim=5, value_dim=7, state=False):
-    q, k = torch.randn(2, batch, length, heads, key_dim)
-    v = torch.randn(batch, length, heads, value_dim)
-    g = -2 * torch.rand(batch, length, heads, key_dim if decays == "vector" else 1)
-    return [q, k, v, g, *([torch.randn(batch, heads, key_dim, value_dim)] if state else [])]
-
-
-def gla(q, k, v, g, state=None, *, bounds=None):
-    segments = None if bounds is None else segment_ids(bounds, 0, q.shape[1])
-    return gated_linear_attention(q, k, v, g, scale=0.3, segments=segments, initial_state=state)
-
-
-def right_gla(q, k, v, g, state=None, *, bounds=None):
-    return naive_gla(q, k, v, g, scale=0.3, cu_seqlens=bounds, initial_state=state)
-
-
-DECAYS = pytest.mark.parametrize("decays", ["vector", "scalar"])
-
-
-@DECAYS
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 130])
-def test_gla(length, decays):
-    compare(gla, right_gla, gla_inputs(length, decays))
-    compare(gla, right_gla, gla_inputs(length, decays, batch=1, state=True))
-
-
-@DECAYS
-@pytest.mark.parametrize("state", [False, True])
-@pytest.mark.parametrize("bounds", [DOCUMENTS, [0, 65], [0, 64, 65], list(range(66))])
-def test_gla_of_packed_documents(bounds, state, decays):
-    inputs = gla_inputs(65, decays, batch=1, state=state)
-    compare(lambda *x: gla(*x, bounds=bounds), lambda *x: right_gla(*x, bounds=bounds), inputs)
-
-
-# -2.5 adds up to 40 in a chunk of 16, where exp(b_i - b_j) may no longer be split in two factors.
-GATES = [[0], [-80], [0, -80], [0, -1e-3, -3, -80], [-2.49], [-2.51], [0, -2.49], [0, -2.51]]
-
-
-@DECAYS
-@pytest.mark.parametrize("choices", GATES, ids=str)
-def test_gla_of_gates_that_shut_and_gates_that_stay_open(choices, decays):
-    """exp(-80) is near fp32's smallest number; at 0 nothing is forgotten."""
-    *inputs, g = gla_inputs(130, decays, batch=1)
-    g = torch.tensor(choices, dtype=torch.float32)[torch.randint(len(choices), g.shape)]
-    compare(gla, right_gla, [*inputs, g])
-
-
-@DECAYS
-def test_gla_of_bf16_inputs_rounds_once(decays):
-    inputs = [x.bfloat16() for x in gla_inputs(33, decays)]
-    out, state = gla(*inputs)
-    assert (out.dtype, state.dtype) == (torch.bfloat16, torch.float32)
-    compare(gla, right_gla, inputs, rtol=2**-8)
-
-
-def test_gla_refuses_shapes_that_do_not_fit():
-    q, k, v, g = gla_inputs(8, "vector")
-    for inputs, name in [
-        ((q, k[:, :, :1], v, g), "clone KV heads"),
-        ((q, k, v[:, :7], g), "do not fit"),
-        ((q, k, v, g[:, :, :1]), "do not fit"),
-        ((q, k, v, g[..., :2]), "g has 2 decays per head"),
-        ((q[:, :0], k[:, :0], v[:, :0], g[:, :0]), "L = 0"),
-    ]:
-        with pytest.raises(ValueError, match=name):
-            gla(*inputs)
 
 
 def test_segments_and_offsets_of_every_span():
@@ -130,17 +42,6 @@ def test_segments_and_offsets_of_every_span():
             offsets = document_offsets(bounds, start, stop).tolist()
             starts = [bounds[document[t]] for t in range(start, stop)]
             assert offsets == [t - s for t, s in zip(range(start, stop), starts, strict=True)]
-
-
-def test_local_linear_attention():
-    *inputs, state = gla_inputs(65, "vector", batch=1, state=True)
-    local = LINEAR_ATTENTION_FUNCTIONS["local"]
-    cu = torch.tensor(DOCUMENTS, dtype=torch.int32)
-    out, nothing = local(None, *inputs, scale=0.3, cu_seqlens=cu)
-    assert nothing is None
-    torch.testing.assert_close(out, right_gla(*inputs, bounds=DOCUMENTS)[0], **CLOSE)
-    got = local(None, *inputs, scale=0.3, initial_state=state, output_final_state=True)
-    torch.testing.assert_close(got, right_gla(*inputs, state), **CLOSE)
 
 
 # --- short convolution ---

@@ -1,34 +1,65 @@
-"""Linear attention over the mesh (ZeCO, arXiv:2507.01004, algorithms 1 and 3).
+"""Linear attention over the mesh: ZeCO (arXiv:2507.01004, algorithms 1 and 3) and its alternatives.
 
-Each rank scans its own tokens as if zero entered it, and hands its end state and total decay to
-All-Scan. The products inside the chunks need no other rank. The state that entered is added to the
-states of the chunks, and one product reads them. (The scan is awaited before those products: they
-do not overlap yet.)
+Each rank works out what its own tokens do to the recurrent state, as if zero entered it; a scan
+over the ranks turns that into the state that does enter, and while it is in flight the ranks do
+what needs no other rank. The backward is the same from the other end, with the gradient of the
+state. Which state crosses how, and what is done meanwhile, is the method:
 
-The backward needs nothing of its own: autograd runs All-Scan's transpose, the reverse scan.
+    method      what crosses the ranks                               in flight during
+    zeco        All-Scan of the state, by `algorithm`                the products inside chunks
+    lasp1       the whole state, rank by rank (arXiv:2404.02882)     the products inside chunks
+    lasp2       every rank's state, to all (arXiv:2502.07563)        the products inside chunks
+    allgather   every rank's state, to all                           nothing (FLA's parallelism)
+    ulysses     tokens for heads, and back (arXiv:2309.14509)        nothing
+
+All give the same answer. The bytes a rank sends do not grow with the tokens but under ulysses, nor
+with the ranks but under lasp2 and allgather. What the backward keeps is q, k, v, g and the one
+state that entered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from hybridsp.collectives import all_scan, left_halo
+from hybridsp.collectives import ALGORITHMS, left_halo, start_all_scan
 from hybridsp.collectives.all_scan import Algorithm
+from hybridsp.collectives.head_exchange import heads_to_tokens, tokens_to_heads
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.conv import causal_conv, document_offsets
 from hybridsp.ops.gla import (
-    cut_chunks,
-    enter_span,
-    inter_chunk,
-    intra_chunk,
-    join_chunks,
+    Backend,
+    Tokens,
+    check_tokens,
+    choose_backend,
+    gated_linear_attention,
     segment_ids,
-    span_states,
+    without_autocast,
 )
 from hybridsp.ops.interfaces import require_one_packed_row
+
+
+@dataclass(frozen=True)
+class StateScan:
+    """How the state crosses the ranks: All-Scan's algorithm and blocks, and when it is awaited."""
+
+    algorithm: Algorithm
+    num_blocks: int | None = None
+    overlaps: bool = True
+
+
+_SCANS = {
+    "lasp1": StateScan("chain", num_blocks=1),
+    "lasp2": StateScan("allgather"),
+    "allgather": StateScan("allgather", overlaps=False),
+}
+METHODS = ("zeco", *_SCANS, "ulysses")
 
 
 def linear_attention(
@@ -40,7 +71,9 @@ def linear_attention(
     mesh: SPMesh,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    method: str = "zeco",
     algorithm: Algorithm = "auto",
+    backend: str | None = None,
 ) -> Tensor:
     """Gated linear attention of a sequence cut over the mesh's SP ranks.
 
@@ -52,21 +85,100 @@ def linear_attention(
         cu_seqlens: int32 boundaries of the whole packed sequence (then B == 1); None for one
             document per row.
         scale: factor on q; None for K ** -0.5.
-        algorithm: of All-Scan, see `collectives.all_scan`.
+        method: one of METHODS.
+        algorithm: of the All-Scan under "zeco", see `collectives.all_scan`.
+        backend: "plain", "triton", or None for the fastest that can, see `ops.gla`.
 
     Returns:
         [B, L, H, V] in v's dtype.
 
     Raises:
-        ValueError: shapes, boundaries or options that do not fit.
+        ValueError: tensors, boundaries or options that do not fit, before anything is sent.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chunks = cut_chunks(q, k, v, g, _segments(q, mesh, cu_seqlens))
-    span = span_states(chunks)
-    incoming = all_scan(span.end, span.decay, mesh.sp_group, algorithm=algorithm)
-    within = intra_chunk(chunks)
-    out = within + inter_chunk(chunks, enter_span(span, incoming))
-    return join_chunks(chunks, out * scale).to(v.dtype)
+    tokens = Tokens(q=q, k=k, v=v, g=g, scale=scale, segments=None)
+    check_tokens(tokens)
+    _check_method(method, algorithm, q.shape[2], mesh.sp)
+    chosen = choose_backend(tokens, backend)
+    if cu_seqlens is not None:
+        require_one_packed_row(q, cu_seqlens, q.shape[1] * mesh.sp)
+    if method == "ulysses":
+        return _by_heads(tokens, mesh, cu_seqlens, chosen)
+    segments = _segments(q, cu_seqlens, *_owned(q, mesh))
+    if mesh.sp == 1:
+        return gated_linear_attention(
+            q, k, v, g, scale=scale, segments=segments, backend=chosen.name
+        )[0]
+    scan = _SCANS.get(method) or StateScan(algorithm)
+    return LinearAttention.apply(q, k, v, g, scale, segments, mesh.sp_group, scan, chosen)
+
+
+class LinearAttention(torch.autograd.Function):
+    """Linear attention of a span whose state comes from the left and goes on to the right.
+
+    forward   q, k [B, L, H, K], v [B, L, H, V], g [B, L, H, K or 1] -> o [B, L, H, V]
+              scan of (end state, decay)         saves its inputs and the state that entered
+    backward  do -> dq, dk, dv, dg
+              reverse scan of (gradient of the state that entered, decay)
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, scale, segments, group, scan, backend):  # noqa: D102
+        tokens = Tokens(q=q, k=k, v=v, g=g, scale=scale, segments=segments)
+        with without_autocast(tokens):
+            forward = backend.forward(tokens)
+            incoming = _scan_beside(forward.end_state(), forward.intra_chunk, group, scan)
+            out = forward.output(incoming)
+        ctx.save_for_backward(q, k, v, g, incoming)
+        ctx.options = scale, segments, group, scan, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):  # noqa: D102
+        q, k, v, g, incoming = ctx.saved_tensors
+        scale, segments, group, scan, backend = ctx.options
+        tokens = Tokens(q=q, k=k, v=v, g=g, scale=scale, segments=segments)
+        with without_autocast(tokens):
+            backward = backend.backward(tokens, dout, incoming)
+            start = backward.start_gradient()
+            outgoing = _scan_beside(start, backward.intra_chunk, group, scan, reverse=True)
+            grads = backward.gradients(outgoing)
+        return *grads, None, None, None, None, None
+
+
+def _scan_beside(
+    state_and_decay: tuple[Tensor, Tensor],
+    work: Callable[[], None],
+    group: dist.ProcessGroup,
+    scan: StateScan,
+    reverse: bool = False,
+) -> Tensor:
+    """Do `work` while the state crosses the ranks (or after, if the method does not overlap)."""
+    pending = start_all_scan(
+        *state_and_decay,
+        group,
+        reverse=reverse,
+        algorithm=scan.algorithm,
+        num_blocks=scan.num_blocks,
+    )
+    if scan.overlaps:
+        work()
+        return pending.wait()
+    crossed = pending.wait()
+    work()
+    return crossed
+
+
+def _by_heads(tokens: Tokens, mesh: SPMesh, cu_seqlens: Tensor | None, backend: Backend) -> Tensor:
+    """Ulysses: this rank's share of the heads over the whole sequence."""
+    shared = (tokens.q, tokens.k, tokens.v, tokens.g)
+    q, k, v, g = tokens_to_heads(*shared, group=mesh.sp_group)
+    segments = _segments(q, cu_seqlens, 0, q.shape[1])
+    out, _ = gated_linear_attention(
+        q, k, v, g, scale=tokens.scale, segments=segments, backend=backend.name
+    )
+    return heads_to_tokens(out, num_heads=tokens.q.shape[2], group=mesh.sp_group)
 
 
 def short_convolution(
@@ -103,16 +215,32 @@ def short_convolution(
     return causal_conv(x, weight, bias, activation=activation, offsets=offsets, left_context=halo)
 
 
+def _check_method(method: str, algorithm: str, num_heads: int, ranks: int) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method = {method!r} is unknown; use one of {METHODS}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm = {algorithm!r} is unknown; use one of {ALGORITHMS}")
+    if method != "zeco" and algorithm != "auto":
+        raise ValueError(
+            f"algorithm = {algorithm!r} has no effect under method = {method!r}, which fixes how "
+            "the state crosses the ranks; leave it 'auto', or use method = 'zeco'"
+        )
+    if method == "ulysses" and num_heads < ranks:
+        raise ValueError(
+            f"method = 'ulysses' cannot cut H = {num_heads} heads over P = {ranks} ranks; use "
+            f"method = 'zeco', which heads do not limit, or at most {num_heads} ranks per sequence"
+        )
+
+
 def _owned(x: Tensor, mesh: SPMesh) -> tuple[int, int]:
     start = mesh.sp_rank * x.shape[1]
     return start, start + x.shape[1]
 
 
-def _segments(q: Tensor, mesh: SPMesh, cu_seqlens: Tensor | None) -> torch.Tensor | None:
+def _segments(x: Tensor, cu_seqlens: Tensor | None, start: int, stop: int) -> Tensor | None:
     if cu_seqlens is None:
         return None
-    require_one_packed_row(q, cu_seqlens, q.shape[1] * mesh.sp)
-    return _segments_of(tuple(cu_seqlens.tolist()), *_owned(q, mesh), q.device)
+    return _segments_of(tuple(cu_seqlens.tolist()), start, stop, x.device)
 
 
 # All layers of a model ask the same of a batch.

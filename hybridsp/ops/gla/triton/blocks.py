@@ -1,0 +1,109 @@
+"""What every kernel does with a chunk: load it, sum its gates, tell its documents apart.
+
+A chunk is C tokens of one head. Its gates arrive as natural logarithms and are summed in units of
+log2, because the hardware's exponential is 2^x; b_i is the sum up to and with token i. A decay per
+channel is a [C, K] block, a decay per head a [C, 1] one that broadcasts, so the kernels differ
+only where q meets k inside the chunk (`intra.py`).
+
+Tokens behind the end of the sequence read as k = v = 0 without decay and change nothing.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_block(
+    pointer,
+    row_stride,
+    rows_left,
+    first_column,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Rows [0, C) and columns [first_column, first_column + BLOCK) of a [*, WIDTH] matrix."""
+    rows = tl.arange(0, C)[:, None]
+    columns = first_column + tl.arange(0, BLOCK)[None, :]
+    mask = (rows < rows_left) & (columns < WIDTH)
+    return tl.load(pointer + rows * row_stride + columns, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_block(
+    pointer,
+    block,
+    row_stride,
+    rows_left,
+    first_column,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The opposite of `load_block`, in the pointer's dtype."""
+    rows = tl.arange(0, C)[:, None]
+    columns = first_column + tl.arange(0, BLOCK)[None, :]
+    mask = (rows < rows_left) & (columns < WIDTH)
+    tl.store(pointer + rows * row_stride + columns, block.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_gates(
+    pointer,
+    row_stride,
+    rows_left,
+    first_column,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    """B [C, BLOCK], the running sums of the log2 decays, and their total [BLOCK]; dtype SUM."""
+    if WIDTH == 1:  # Triton 3.6 cannot scan a [C, 1] block
+        rows = tl.arange(0, C)
+        column = tl.load(pointer + rows * row_stride, mask=rows < rows_left, other=0.0)
+        column = column.to(SUM) * LOG2_E
+        return tl.cumsum(column, axis=0)[:, None], tl.sum(column[:, None], axis=0)
+    gates = load_block(pointer, row_stride, rows_left, first_column, C, BLOCK, WIDTH)
+    gates = gates.to(SUM) * LOG2_E
+    return tl.cumsum(gates, axis=0), tl.sum(gates, axis=0)
+
+
+@triton.jit
+def load_documents(pointer, first_token, length, C: tl.constexpr):
+    """Ids of the chunk's documents [C], the id before the chunk and the id of its last token."""
+    tokens = first_token + tl.arange(0, C)
+    last = tl.minimum(first_token + C, length) - 1
+    ids = tl.load(pointer + tl.minimum(tokens, last))
+    before = tl.load(pointer + first_token - 1, mask=first_token > 0, other=0)
+    return ids, before, tl.load(pointer + last)
+
+
+@triton.jit
+def power(exponent):
+    """2 ** exponent in fp32."""
+    return tl.exp2(exponent.to(tl.float32))
+
+
+@triton.jit
+def row_of(block, index, C: tl.constexpr):
+    """Row `index` of a [C, N] block, as [N]."""
+    return tl.sum(tl.where(tl.arange(0, C)[:, None] == index, block, 0.0), axis=0)
+
+
+@triton.jit
+def rows_of_subchunks(block, index, C: tl.constexpr, SUB: tl.constexpr, N: tl.constexpr):
+    """[C, N] whose rows all are row `index` of their own subchunk of SUB rows."""
+    apart = tl.reshape(block, (C // SUB, SUB, N))
+    chosen = tl.where(tl.arange(0, SUB)[None, :, None] == index, apart, 0.0)
+    row = tl.sum(chosen, axis=1)
+    return tl.reshape(tl.broadcast_to(row[:, None, :], (C // SUB, SUB, N)), (C, N))
+
+
+@triton.jit
+def sums_of_subchunks(block, C: tl.constexpr, SUB: tl.constexpr, N: tl.constexpr):
+    """[C, N] whose rows all are the sum over their own subchunk of SUB rows."""
+    row = tl.sum(tl.reshape(block, (C // SUB, SUB, N)), axis=1)
+    return tl.reshape(tl.broadcast_to(row[:, None, :], (C // SUB, SUB, N)), (C, N))

@@ -1,0 +1,120 @@
+"""Gradients of q, k and the gates, chunk by chunk and all chunks at once.
+
+With S the state before a chunk, D the gradient of the state behind it (both from `walk_kernel`),
+
+    dscores_ij = scale do_i . v_j                                          j <= i, same document
+    dq_i = dscores x k (inside the chunk)  +  scale (do_i S^T) 2^b_i
+    dk_j = dscores x q (inside the chunk)  +  (v_j D^T) 2^(b_C - b_j)
+    db_i = q_i dq_i - k_i dk_i
+    dg_t = sum over i >= t of db_i  +  2^b_C sum over V of S D  +  sum over j of k_j (v_j D^T) 2^(b_C - b_j)
+
+(GLA, arXiv:2312.06635, section 4.) The last two terms are what the chunk's total decay does to
+the state behind the chunk; taking them from S and D of each chunk, rather than from one running
+sum over the sequence, keeps rounding errors from adding up.
+"""  # noqa: E501 - one line per formula
+
+import triton
+import triton.language as tl
+
+from hybridsp.ops.gla.triton.blocks import (
+    load_block,
+    load_documents,
+    load_gates,
+    power,
+    store_block,
+)
+from hybridsp.ops.gla.triton.intra import (
+    head_decay,
+    mild_score_gradients,
+    pair_mask,
+    strong_score_gradients,
+)
+
+
+@triton.jit
+def gradient_kernel(
+    q, k, v, g, do, documents, strong, states, dstates, dq, dk, dg,
+    scale, length, chunks, first_bh, tokens,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, CHANNELS: tl.constexpr,
+    STRONG: tl.constexpr, DOCUMENTS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk [B, L, H, K] and dg [B, L, H, K], or [K blocks, B, L, H] for one decay per head.
+
+    states, dstates: [heads from first_bh, chunks, K, V]; tokens = B * L. With a decay per channel
+    one launch does the mild chunks, another (STRONG) the strong ones.
+    """
+    # Neighbours in the grid share v and do.
+    k_blocks: tl.constexpr = tl.cdiv(K, BK)
+    k_block, chunk = tl.program_id(0) % k_blocks, tl.program_id(0) // k_blocks
+    column, first, bh = k_block * BK, chunk * C, first_bh + tl.program_id(1)
+    if CHANNELS:  # noqa: SIM102 - Triton would load on both sides of an `and`
+        if tl.load(strong + bh.to(tl.int64) * chunks + chunk) != STRONG:
+            return
+    token = ((bh // H).to(tl.int64) * length + first) * H + bh % H
+    left = length - first
+    tile = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K * V + column * V
+    dread = tl.zeros([C, BK], dtype=tl.float32)
+    dwritten = tl.zeros([C, BK], dtype=tl.float32)
+    dscores = tl.zeros([C, C], dtype=tl.float32)
+    crossed = tl.zeros([BK], dtype=tl.float32)
+    for v_column in range(0, V, BV):
+        v_block = load_block(v + token * V, H * V, left, v_column, C, BV, V)
+        do_block = load_block(do + token * V, H * V, left, v_column, C, BV, V)
+        state = load_block(states + tile, V, K - column, v_column, BK, BV, V)
+        dstate = load_block(dstates + tile, V, K - column, v_column, BK, BV, V)
+        dscores = tl.dot(do_block, tl.trans(v_block), dscores, input_precision=PRECISION)
+        dread = tl.dot(do_block, tl.trans(state), dread, input_precision=PRECISION)
+        dwritten = tl.dot(v_block, tl.trans(dstate), dwritten, input_precision=PRECISION)
+        crossed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+
+    ids, before, last = 0, 0, 0
+    if DOCUMENTS:
+        ids, before, last = load_documents(documents, first, length, C)
+    g_column = column if CHANNELS else 0
+    b, b_end = load_gates(g + token * G, H * G, left, g_column, C, BG, G, SUM)
+    dread *= power(b) * scale
+    dwritten *= power(b_end[None, :] - b)
+    if DOCUMENTS:
+        dread = tl.where((ids == before)[:, None], dread, 0.0)
+        dwritten = tl.where((ids == last)[:, None], dwritten, 0.0)
+    crossed *= power(b_end)
+    if DOCUMENTS:
+        crossed = tl.where(before == last, crossed, 0.0)
+
+    mask = pair_mask(ids, C, DOCUMENTS)
+    dscores = tl.where(mask, dscores * scale, 0.0)
+    # A token reads itself without decay. Left to cancel in db, these pairs would leave their
+    # rounding errors in dg, which are all there is of it where gates are strong.
+    token_index = tl.arange(0, C)
+    itself = token_index[:, None] == token_index[None, :]
+    own = tl.sum(tl.where(itself, dscores, 0.0), axis=1)[:, None]
+    dscores = tl.where(itself, 0.0, dscores)
+    q_values = load_block(q + token * K, H * K, left, column, C, BK, K)
+    k_values = load_block(k + token * K, H * K, left, column, C, BK, K)
+    if STRONG:
+        dq_block, dk_block = strong_score_gradients(
+            dscores, q_values.to(tl.float32), k_values.to(tl.float32), b, C, BK, PRECISION
+        )
+    elif CHANNELS:
+        dq_block, dk_block = mild_score_gradients(
+            dscores, q_values.to(tl.float32), k_values.to(tl.float32), b, C, PRECISION
+        )
+    else:
+        dscores = (dscores * head_decay(b, mask, C)).to(q_values.dtype)
+        dq_block = tl.dot(dscores, k_values, input_precision=PRECISION)
+        dk_block = tl.dot(tl.trans(dscores), q_values, input_precision=PRECISION)
+    dq_block += dread
+    dk_block += dwritten
+    q_values, k_values = q_values.to(tl.float32), k_values.to(tl.float32)
+    db = q_values * dq_block - k_values * dk_block
+    through = crossed + tl.sum(k_values * dwritten, axis=0)
+    store_block(dq + token * K, dq_block + own * k_values, H * K, left, column, C, BK, K)
+    store_block(dk + token * K, dk_block + own * q_values, H * K, left, column, C, BK, K)
+    if CHANNELS:
+        dgates = tl.cumsum(db, axis=0, reverse=True) + through[None, :]
+        store_block(dg + token * K, dgates, H * K, left, column, C, BK, K)
+    else:
+        dgates = tl.cumsum(tl.sum(db, axis=1), axis=0, reverse=True) + tl.sum(through, axis=0)
+        dg += k_block.to(tl.int64) * tokens * H + token
+        tl.store(dg + token_index * H, dgates, mask=token_index < left)

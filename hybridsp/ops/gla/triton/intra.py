@@ -1,0 +1,110 @@
+"""Inside a chunk: scores of token pairs under a decay per channel, and their gradients.
+
+    scores_ij = scale * sum over k of q_ik k_jk 2^(b_ik - b_jk),    j <= i, same document
+
+With one decay per head the power comes out of the sum. With one per channel it has to be split,
+(q_i 2^(b_i - r)) . (k_j 2^(r - b_j)), to become a matrix product, and the split must not leave
+the range of fp32. Where no exponent is beyond LIMIT (gates of any trained model) one reference r
+in the chunk's middle serves all pairs: the chunk is *mild*. A *strong* one is cut in subchunks:
+pairs of different subchunks take r at the start of the later one, which makes both exponents
+negative; pairs inside one are summed without a split. So no decay is too strong, and nothing is
+clamped. The two are separate launches, each of which leaves the other's chunks alone: in one
+kernel the rare case would take the registers from the common one.
+"""
+
+import triton
+import triton.language as tl
+
+from hybridsp.ops.gla.triton.blocks import power, row_of, rows_of_subchunks, sums_of_subchunks
+
+# A pair that counts is a product of at most 1; both factors keep all their digits within 2^+-80.
+LIMIT = tl.constexpr(80.0)
+SUB = tl.constexpr(16)
+
+
+@triton.jit
+def spread_around(b, middle, C: tl.constexpr):
+    """The largest exponent that a reference in the middle of the chunk leaves."""
+    spread = tl.maximum(row_of(b, 0, C) - middle, middle - row_of(b, C - 1, C))
+    return tl.max(spread, axis=0).to(tl.float32)
+
+
+@triton.jit
+def pair_mask(ids, C: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """[C, C], whether token i may read token j."""
+    token = tl.arange(0, C)
+    mask = token[:, None] >= token[None, :]
+    if DOCUMENTS:
+        mask = mask & (ids[:, None] == ids[None, :])
+    return mask
+
+
+@triton.jit
+def mild_scores(q, k, b, middle, PRECISION: tl.constexpr):
+    """[C, C] of fp32 q, k [C, N], unscaled, whatever stands above the diagonal."""
+    read, written = q * power(b - middle[None, :]), k * power(middle[None, :] - b)
+    return tl.dot(read, tl.trans(written), input_precision=PRECISION)
+
+
+@triton.jit
+def strong_scores(q, k, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """`mild_scores` for decays of any strength."""
+    token = tl.arange(0, C)
+    sub = token // SUB
+    scores = tl.zeros([C, C], dtype=tl.float32)
+    for later in range(1, C // SUB):
+        start = row_of(b, later * SUB - 1, C)[None, :]
+        read = tl.where((sub == later)[:, None], q * power(tl.minimum(b - start, 0.0)), 0.0)
+        written = tl.where((sub < later)[:, None], k * power(tl.minimum(start - b, 0.0)), 0.0)
+        scores += tl.dot(read, tl.trans(written), input_precision=PRECISION)
+    for j in range(SUB):
+        k_j = rows_of_subchunks(k, j, C, SUB, N)
+        b_j = rows_of_subchunks(b, j, C, SUB, N)
+        column = tl.sum(q * k_j * power(tl.minimum(b - b_j, 0.0)), axis=1)
+        scores += tl.where(token[None, :] == (sub * SUB + j)[:, None], column[:, None], 0.0)
+    return scores
+
+
+@triton.jit
+def mild_score_gradients(dscores, q, k, b, C: tl.constexpr, PRECISION: tl.constexpr):
+    """dq, dk [C, N] from dscores [C, C], which is zero for pairs that do not count."""
+    middle = row_of(b, C // 2 - 1, C)
+    up, down = power(b - middle[None, :]), power(middle[None, :] - b)
+    dq = up * tl.dot(dscores, k * down, input_precision=PRECISION)
+    dk = down * tl.dot(tl.trans(dscores), q * up, input_precision=PRECISION)
+    return dq, dk
+
+
+@triton.jit
+def strong_score_gradients(
+    dscores, q, k, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`mild_score_gradients` for decays of any strength."""
+    token = tl.arange(0, C)
+    sub, place = token // SUB, token % SUB
+    dq = tl.zeros([C, N], dtype=tl.float32)
+    dk = tl.zeros([C, N], dtype=tl.float32)
+    for later in range(1, C // SUB):
+        start = row_of(b, later * SUB - 1, C)[None, :]
+        up = tl.where((sub == later)[:, None], power(tl.minimum(b - start, 0.0)), 0.0)
+        down = tl.where((sub < later)[:, None], power(tl.minimum(start - b, 0.0)), 0.0)
+        dq += up * tl.dot(dscores, k * down, input_precision=PRECISION)
+        dk += down * tl.dot(tl.trans(dscores), q * up, input_precision=PRECISION)
+    for j in range(SUB):
+        chosen = token[None, :] == (sub * SUB + j)[:, None]
+        column = tl.sum(tl.where(chosen, dscores, 0.0), axis=1)[:, None]
+        k_j = rows_of_subchunks(k, j, C, SUB, N)
+        b_j = rows_of_subchunks(b, j, C, SUB, N)
+        kept = column * power(tl.minimum(b - b_j, 0.0))
+        dq += kept * k_j
+        total = sums_of_subchunks(kept * q, C, SUB, N)
+        dk += tl.where((place == j)[:, None], total, 0.0)
+    return dq, dk
+
+
+@triton.jit
+def head_decay(b, mask, C: tl.constexpr):
+    """2^(b_i - b_j) [C, C] for one decay per head, b [C, 1]; zero for pairs that do not count."""
+    b = tl.reshape(b, (C,))
+    difference = tl.where(mask, (b[:, None] - b[None, :]).to(tl.float32), 0.0)
+    return tl.where(mask, power(difference), 0.0)

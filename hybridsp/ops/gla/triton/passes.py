@@ -1,0 +1,190 @@
+"""The passes of gated linear attention on a GPU, kernel after kernel.
+
+    forward   end_state       prepare, walk from zero, scan          -> All-Scan
+              intra_chunk     pairs                                  while it is in flight
+              output          walk
+    backward  start_gradient  prepare and pairs, walk from zero, scan, reversed  -> reverse All-Scan
+              intra_chunk     walk from zero, scan                   while it is in flight
+              gradients       walk (states), walk reversed (dv, dstates), gradients
+
+Between forward and backward nothing is kept but the inputs and the state that entered; what the
+kernels need is computed again, because reading q, k, v and the gates costs less than storing a
+state for every chunk. The backward does hold states of all chunks, but of a few heads at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridsp.ops.gla.contract import Tokens
+from hybridsp.ops.gla.triton.gradients import gradient_kernel
+from hybridsp.ops.gla.triton.plan import Plan
+from hybridsp.ops.gla.triton.prepare import prepare_kernel
+from hybridsp.ops.gla.triton.states import scan_kernel, walk_kernel
+
+
+class TritonForward:
+    """`contract.ForwardPass`, by Triton kernels."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.plan = Plan(tokens)
+
+    def end_state(self) -> tuple[Tensor, Tensor]:
+        """The span's end state from zero, and its decay."""
+        self.prepared = Prepared(self.plan)
+        self.prepared.compute(states=True)
+        self.span = Span(self.plan, self.prepared, self.plan.v, reverse=False)
+        return self.span.end, self.span.decay
+
+    def intra_chunk(self) -> None:
+        """What the tokens of a chunk read from each other."""
+        self.prepared.compute(pairs=True)
+
+    def output(self, incoming: Tensor | None) -> Tensor:
+        """O [B, L, H, V]."""
+        out = torch.empty_like(self.plan.v)
+        self.span.walk(self.plan.every_head, incoming, out=out)
+        return out
+
+
+class TritonBackward:
+    """`contract.BackwardPass`, by Triton kernels."""
+
+    def __init__(self, tokens: Tokens, dout: Tensor, incoming: Tensor | None) -> None:
+        self.plan = Plan(tokens)
+        self.dout, self.incoming = dout.contiguous(), incoming
+
+    def start_gradient(self) -> tuple[Tensor, Tensor]:
+        """Gradient of the state that enters, through this span's outputs; and the decay."""
+        self.prepared = Prepared(self.plan)
+        self.prepared.compute(states=True, pairs=True)
+        self.gradient = Span(self.plan, self.prepared, self.dout, reverse=True)
+        return self.gradient.end, self.gradient.decay
+
+    def intra_chunk(self) -> None:
+        """The states once more."""
+        self.span = Span(self.plan, self.prepared, self.plan.v, reverse=False)
+
+    def gradients(self, outgoing: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dq, dk, dv, dg."""
+        plan, dv = self.plan, torch.empty_like(self.plan.v)
+        results = Gradients(plan)
+        for heads in plan.head_groups():
+            states, dstates = plan.chunk_states(heads), plan.chunk_states(heads)
+            self.span.walk(heads, self.incoming, chunk_states=states)
+            self.gradient.walk(heads, outgoing, out=dv, chunk_states=dstates)
+            results.compute(heads, self.prepared, self.dout, states, dstates)
+        return results.dq, results.dk, dv, results.gates()
+
+
+class Prepared:
+    """What `prepare_kernel` makes; attributes have its arguments' names."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        shape = (*plan.heads, plan.chunks)
+        self.read, self.written = torch.empty_like(plan.q), torch.empty_like(plan.k)
+        self.kept = plan.empty(*shape, plan.G)
+        self.pairs = plan.empty(*shape, plan.C, plan.C, dtype=plan.q.dtype)
+        self.strong = plan.empty(*shape, dtype=torch.int8)
+
+    def compute(self, *, states: bool = False, pairs: bool = False) -> None:
+        """Fill read, written and kept; or pairs and strong; or all at once."""
+        plan, launch = self.plan, self.plan.launch("prepare")
+        for strong in plan.strengths if pairs else (False,):
+            prepare_kernel[(plan.chunks, plan.num_heads)](
+                plan.q, plan.k, plan.g, plan.segments, self.read, self.written, self.kept,
+                self.pairs, self.strong, plan.scale, plan.length,
+                H=plan.H, K=plan.K, G=plan.G, C=plan.C, BK=launch.BK,
+                BG=launch.BK if plan.channels else 1, CHANNELS=plan.channels,
+                STATES=states and not strong, PAIRS=pairs, STRONG=strong, **plan.documents,
+                **plan.sums, **plan.precision, **plan.compiler(launch),
+            )  # fmt: skip
+
+
+class Span:
+    """The states along a span, or, reversed, their gradients.
+
+    `states` [B, H, stretches, K, V] and `until` [B, H, stretches, G] as in `scan_kernel`; `end`
+    [B, H, K, V] and `decay` [B, H, G] are the span's own. All fp32.
+    """
+
+    def __init__(self, plan: Plan, prepared: Prepared, y: Tensor, *, reverse: bool) -> None:
+        self.plan, self.prepared, self.y, self.reverse = plan, prepared, y, reverse
+        shape = (*plan.heads, plan.stretches)
+        self.states = plan.empty(*shape, plan.K, plan.V)
+        self.decays, self.until = plan.empty(*shape, plan.G), plan.empty(*shape, plan.G)
+        self.end = plan.empty(*plan.heads, plan.K, plan.V)
+        self.decay = plan.empty(*plan.heads, plan.G)
+        self._walk(plan.every_head, None, None, None, enter=False)
+        launch = plan.launch("scan")
+        scan_kernel[(plan.blocks(launch), plan.num_heads)](
+            self.states, self.decays, self.until, self.end, self.decay, plan.stretches,
+            K=plan.K, V=plan.V, G=plan.G, **plan.blocks_of(launch), REVERSE=reverse,
+            **plan.compiler(launch),
+        )  # fmt: skip
+
+    def walk(
+        self,
+        heads: range,
+        incoming: Tensor | None,
+        *,
+        out: Tensor | None = None,
+        chunk_states: Tensor | None = None,
+    ) -> None:
+        """Walk again, now with what enters; fills `out` and `chunk_states` if given."""
+        self._walk(heads, incoming, out, chunk_states, enter=True)
+
+    def _walk(
+        self,
+        heads: range,
+        incoming: Tensor | None,
+        out: Tensor | None,
+        chunk_states: Tensor | None,
+        *,
+        enter: bool,
+    ) -> None:
+        plan, prepared = self.plan, self.prepared
+        launch = plan.launch("states" if out is None else "output")
+        nothing = self.states  # a pointer that the kernel does not follow
+        walk_kernel[(plan.blocks(launch), plan.stretches, len(heads))](
+            prepared.read, prepared.written, prepared.kept, self.y, prepared.pairs,
+            self.states, self.until, nothing if incoming is None else incoming.contiguous(),
+            nothing if out is None else out, nothing if chunk_states is None else chunk_states,
+            self.states, self.decays, plan.length, plan.chunks, plan.stretch_chunks,
+            plan.stretches, heads.start, **plan.shape, **plan.blocks_of(launch),
+            REVERSE=self.reverse, ENTER=enter, INCOMING=incoming is not None,
+            OUTPUT=out is not None, KEEP=chunk_states is not None, **plan.precision,
+            **plan.compiler(launch),
+        )  # fmt: skip
+
+
+class Gradients:
+    """dq, dk and what becomes dg, filled group of heads by group of heads."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.dq, self.dk = torch.empty_like(plan.q), torch.empty_like(plan.k)
+        self.k_blocks = -(-plan.K // plan.launch("gradient").BK)
+        # Heads that share a decay among their channels get one part from each block of K.
+        parts = (self.k_blocks, *plan.g.shape)
+        self.dg = torch.empty_like(plan.g) if plan.channels else plan.empty(*parts)
+
+    def compute(
+        self, heads: range, prepared: Prepared, dout: Tensor, states: Tensor, dstates: Tensor
+    ) -> None:
+        """`gradient_kernel` for some heads, with the states of their chunks."""
+        plan, launch = self.plan, self.plan.launch("gradient")
+        for strong in plan.strengths:
+            gradient_kernel[(plan.chunks * self.k_blocks, len(heads))](
+                plan.q, plan.k, plan.v, plan.g, dout, plan.segments, prepared.strong,
+                states, dstates, self.dq, self.dk, self.dg, plan.scale, plan.length, plan.chunks,
+                heads.start, plan.batch * plan.length, **plan.shape, **plan.blocks_of(launch),
+                CHANNELS=plan.channels, STRONG=strong, **plan.documents, **plan.sums,
+                **plan.precision, **plan.compiler(launch),
+            )  # fmt: skip
+
+    def gates(self) -> Tensor:
+        """The gradient of g, in its shape and dtype."""
+        return self.dg if self.plan.channels else self.dg.sum(dim=0).to(self.plan.g.dtype)

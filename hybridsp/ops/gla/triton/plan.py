@@ -1,0 +1,103 @@
+"""How a span is cut for the kernels: chunks, stretches, groups of heads; and what is launched how.
+
+A stretch is as long as it may be while every multiprocessor still gets several of them: longer
+ones mean less to scan, shorter ones more programs side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from hybridsp.ops.gla.contract import Tokens
+from hybridsp.ops.gla.triton.tuning import Kernel, Launch, launch_of
+
+CHUNK = 64
+LONGEST_STRETCH = 64  # chunks
+PROGRAMS_PER_PROCESSOR = 4
+# The backward's states of all chunks, of so many heads at a time.
+WORKSPACE_BYTES = 2**30
+
+
+class Plan:
+    """The sizes of one call, and its inputs laid out for the kernels.
+
+    H, K, V, C as everywhere; G is K with a decay per channel and 1 with a decay per head. q, k, v
+    and g are contiguous. `launches` are used before those of `tuning`.
+    """
+
+    def __init__(self, tokens: Tokens, launches: Mapping[Kernel, Launch] | None = None) -> None:
+        self.launches = launches or {}
+        self.q, self.k, self.v, self.g = (
+            x.contiguous() for x in (tokens.q, tokens.k, tokens.v, tokens.g)
+        )
+        self.scale, self.device = tokens.scale, tokens.q.device
+        self.batch, self.length, self.H, self.K = self.q.shape
+        self.V, self.G, self.C = self.v.shape[-1], self.g.shape[-1], CHUNK
+        self.channels = self.G > 1
+        self.every_head = range(self.batch * self.H)
+        self.strengths = (False, True) if self.channels else (False,)
+        self.heads, self.num_heads = (self.batch, self.H), self.batch * self.H
+        self.chunks = -(-self.length // CHUNK)
+        self.shape = {"H": self.H, "K": self.K, "V": self.V, "G": self.G, "C": CHUNK}
+        # The kernels need some pointer where there are no documents.
+        self.segments = self.g if tokens.segments is None else tokens.segments.contiguous()
+        exact = self.q.dtype == torch.float32
+        self.precision = {"PRECISION": "tf32x3" if exact else "tf32"}
+        # A weak gate behind a strong one is a small difference of large sums.
+        self.sums = {"SUM": tl.float64 if exact else tl.float32}
+        self.documents = {"DOCUMENTS": tokens.segments is not None}
+        programs = self.chunks * self.num_heads * self.blocks(self.launch("output"))
+        wanted = PROGRAMS_PER_PROCESSOR * _processors(self.device)
+        self.stretch_chunks = min(max(programs // wanted, 1), LONGEST_STRETCH)
+        self.stretches = -(-self.chunks // self.stretch_chunks)
+
+    def launch(self, kernel: Kernel) -> Launch:
+        """How to launch `kernel`."""
+        if kernel in self.launches:
+            return self.launches[kernel]
+        chip = _chip(self.device)
+        return launch_of(kernel, self.K, self.V, self.channels, self.q.dtype, chip)
+
+    def blocks(self, launch: Launch) -> int:
+        """Blocks of BK x BV in a state."""
+        return -(-self.K // launch.BK) * -(-self.V // launch.BV)
+
+    def blocks_of(self, launch: Launch) -> dict[str, int]:
+        """The kernels' block sizes."""
+        return {"BK": launch.BK, "BG": launch.BK if self.channels else 1, "BV": launch.BV}
+
+    def compiler(self, launch: Launch) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor on the span's device."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def head_groups(self) -> Iterator[range]:
+        """Those of the B * H heads whose states of all chunks are held at once."""
+        each = 2 * self.chunks * self.K * self.V * self.q.element_size()
+        size = max(WORKSPACE_BYTES // each, 1)
+        for first in range(0, self.num_heads, size):
+            yield range(first, min(first + size, self.num_heads))
+
+    def chunk_states(self, heads: range) -> Tensor:
+        """Room for the states of all chunks of some heads, in the dtype of products."""
+        return self.empty(len(heads), self.chunks, self.K, self.V, dtype=self.q.dtype)
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=8)
+def _chip(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -1,0 +1,105 @@
+"""How each kernel is launched: block sizes, warps and pipeline stages.
+
+Nothing is tuned while a model trains, so the first step compiles each kernel once and that is
+all. Launches were tuned by `hybridsp bench tune` and ship with the package, one JSON file per
+chip; a shape or chip that is not there gets the rule of thumb below.
+
+A file maps "kernel/K/V/decay/dtype" to {"BK", "BV", "num_warps", "num_stages"}.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Literal
+
+import torch
+
+Kernel = Literal["prepare", "states", "scan", "output", "gradient"]
+KERNELS: tuple[Kernel, ...] = ("prepare", "states", "scan", "output", "gradient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How to launch a kernel.
+
+    Attributes:
+        BK, BV: rows and columns of the state that one program holds.
+        num_warps, num_stages: Triton's launch options.
+    """
+
+    BK: int
+    BV: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_of(
+    kernel: Kernel, key_dim: int, value_dim: int, channels: bool, dtype: torch.dtype, chip: str
+) -> Launch:
+    """The tuned launch of a kernel, or the rule of thumb.
+
+    Args:
+        kernel: one of KERNELS.
+        key_dim, value_dim: K and V of a head.
+        channels: whether the decay is one per key channel.
+        dtype: of q, k and v.
+        chip: `torch.cuda.get_device_name()`, or "" where there is none.
+    """
+    tuned = _tuned(chip).get(entry_name(kernel, key_dim, value_dim, channels, dtype))
+    return tuned or rule_of_thumb(kernel, key_dim, value_dim, dtype)
+
+
+def entry_name(
+    kernel: Kernel, key_dim: int, value_dim: int, channels: bool, dtype: torch.dtype
+) -> str:
+    """The name of a launch in a file."""
+    decay = "channel" if channels else "head"
+    return f"{kernel}/{key_dim}/{value_dim}/{decay}/{str(dtype).removeprefix('torch.')}"
+
+
+def rule_of_thumb(kernel: Kernel, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
+    """A launch that fits every chip from Ampere on, found by none but sound for any shape."""
+    rows, columns = power_of_two(key_dim), power_of_two(value_dim)
+    wide = dtype == torch.float32  # operands of twice the size: half the block
+    if kernel == "scan":
+        return Launch(BK=min(rows, 16), BV=min(columns, 64), num_warps=4, num_stages=1)
+    if kernel == "states":
+        width = min(columns, 64 if wide else 128)
+        return Launch(BK=min(rows, 64), BV=width, num_warps=4, num_stages=2)
+    if kernel == "prepare":
+        return Launch(BK=min(rows, 64), BV=16, num_warps=4, num_stages=1)
+    if kernel == "output":  # a program holds all K rows: o sums over them
+        area = 4096 if wide else 16384
+        width = max(16, min(columns, area // rows))
+        return Launch(BK=rows, BV=width, num_warps=8, num_stages=2)
+    width = min(columns, 32 if wide else 64)
+    return Launch(BK=min(rows, 64), BV=width, num_warps=8, num_stages=2)
+
+
+def file_of(chip: str) -> str:
+    """The name of a chip's file: "NVIDIA H100 80GB HBM3" -> "nvidia-h100.json"."""
+    words = chip.lower().split()[:2]
+    return "-".join(words) + ".json"
+
+
+def dump(entries: dict[str, Launch]) -> str:
+    """The text of a file."""
+    return json.dumps({name: asdict(entries[name]) for name in sorted(entries)}, indent=2) + "\n"
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that holds `number`, and that tensor cores take."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+@lru_cache(maxsize=8)
+def _tuned(chip: str) -> dict[str, Launch]:
+    if not chip:
+        return {}
+    path = resources.files(__package__) / "launches" / file_of(chip)
+    if not path.is_file():
+        return {}
+    return {name: Launch(**entry) for name, entry in json.loads(path.read_text()).items()}
