@@ -1,19 +1,30 @@
 """The `hybridsp` command.
 
     hybridsp convert SRC DST --softmax-layers 0.25
+    hybridsp bench linear --tokens-per-rank 32K
 
 A subcommand is one function that adds its parser and one that runs it; list the first in
 `SUBCOMMANDS` and it is there. Whatever is slow to import is imported by the second, so that help
-and mistyped options are answered at once. A mistake of the user (`ValueError`, or a file that
-cannot be used) is one line and exit code 2; `--traceback` shows where it was noticed.
+and mistyped options are answered at once. A benchmark is one line of `BENCHES`; its module is
+imported when it is asked for. A mistake of the user (`ValueError`, or a file that cannot be used)
+is one line and exit code 2; `--traceback` shows where it was noticed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any, NoReturn
+
+# name -> (module with add_arguments(parser) and run(args), what it measures)
+BENCHES = {
+    "all-scan": ("hybridsp.bench.all_scan", "every All-Scan algorithm against the raw wire"),
+    "linear": ("hybridsp.bench.linear", "linear attention: memory floor, FLA, SP methods"),
+    "tune": ("hybridsp.bench.tune", "find the fastest launches of the kernels on this chip"),
+}
 
 
 def add_convert(subcommands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
@@ -75,7 +86,55 @@ def run_convert(args: argparse.Namespace) -> None:
     )
 
 
-SUBCOMMANDS = (add_convert,)
+def add_bench(subcommands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    """`hybridsp bench NAME`: measure on this machine, or under a launcher on many."""
+    parser = subcommands.add_parser(
+        "bench",
+        allow_abbrev=False,
+        help="measure collectives and layers on your own machines",
+        description="Measure on this machine, or on many: start it with torchrun or deepspeed, "
+        "as in `torchrun --nproc-per-node 8 -m hybridsp.cli bench all-scan` or "
+        "`deepspeed --module hybridsp.cli bench all-scan`.",
+    )
+    benches = parser.add_subparsers(
+        dest="bench", required=True, metavar="NAME", parser_class=BenchParser
+    )
+    for name, (module, what) in BENCHES.items():
+        benches.add_parser(
+            name,
+            parents=[common],
+            allow_abbrev=False,
+            help=what,
+            description=what[0].upper() + what[1:] + ".",
+            module=module,
+        )
+
+
+class BenchParser(argparse.ArgumentParser):
+    """Takes its options from its module when it is first asked to parse; speaks for all ranks."""
+
+    def __init__(self, *args: Any, module: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._module: str | None = module
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of every parser, once the module's options are there."""
+        if self._module is not None:
+            module = importlib.import_module(self._module)
+            module.add_arguments(self)
+            self.set_defaults(run=module.run)
+            self._module = None
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Say on rank 0, in one line, what is wrong with the options; exit code 2 on all."""
+        from hybridsp.launch import rank_from_environment
+
+        told = f"{self.prog}: error: {message} (--help lists the options)\n"
+        self.exit(2, told if rank_from_environment().rank == 0 else None)
+
+
+SUBCOMMANDS = (add_convert, add_bench)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,6 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hybridsp",
         description="Fine-tune models that mix linear and softmax attention, at long context.",
     )
+    # `deepspeed` gives it to every script; what it says is in the environment as well.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", help="show where an error comes from")

@@ -1,0 +1,310 @@
+"""`hybridsp bench all-scan`: every All-Scan algorithm against the wire it runs on.
+
+All algorithms are measured in one job, forward and reverse, beside what no scan can beat: one
+message of the same bytes to the next rank, and an all-gather of them. The columns:
+
+    us          median over the repetitions, of the slowest rank; p10 and p90 are that rank's too
+    sent/rank   bytes that the busiest rank sends, from the algorithm (`cost_model.Scan`)
+    % wire      those bytes over the time, in percent of the bandwidth that a large message to the
+                next rank reached in this run
+    us/hop      the time over the messages that follow one another on the way to the last rank
+
+An algorithm that cannot run here is a row that says why. From the rows come each algorithm's
+effective latency and bandwidth, and a picture up to 1,024 ranks: see `cost_model`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hybridsp.bench import cost_model, trace
+from hybridsp.bench.cost_model import Fit, Measured, Scan
+from hybridsp.bench.job import attempt, job, one_voice
+from hybridsp.bench.options import add_common, human_bytes, names, size, sizes
+from hybridsp.bench.report import environment, format_table, make_folder, scaled, write_json
+from hybridsp.bench.scan_cases import (
+    ALL_GATHER,
+    DIRECTIONS,
+    KEY_DIM,
+    VALUE_DIM,
+    Case,
+    make_state,
+    options_of,
+    plan,
+    reference_cases,
+    scan_cases,
+    shape_of,
+    wire_bandwidth,
+)
+from hybridsp.bench.timing import Times, measure
+from hybridsp.collectives.all_scan import ALGORITHMS
+from hybridsp.collectives.topology import topology
+from hybridsp.mesh import SPMesh
+
+DEFAULT_BYTES = {  # 2M is the state of the paper's table
+    "cuda": tuple(n * 2**10 for n in (64, 256, 1024, 2048, 4096, 16384, 65536)),
+    "cpu": tuple(n * 2**10 for n in (64, 256, 1024, 2048, 4096)),
+}
+COLUMNS = {
+    "name": "algorithm",
+    "direction": "direction",
+    "state": "state",
+    "us": "us",
+    "us_p10": "p10",
+    "us_p90": "p90",
+    "sent": "sent/rank",
+    "percent_of_wire": "% wire",
+    "us_per_hop": "us/hop",
+    "num_blocks": "blocks",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `hybridsp bench all-scan`."""
+    parser.add_argument(
+        "--bytes",
+        type=sizes,
+        metavar="S,...",
+        help="of one rank's state, fp32 with K = V = 128 and as many heads as fit; default "
+        "64K,256K,1M,2M,4M,16M,64M on GPUs, up to 4M on CPUs",
+    )
+    for name, what in (("--heads", "H"), ("--key-dim", "K"), ("--value-dim", "V")):
+        parser.add_argument(
+            name,
+            type=size,
+            metavar=what,
+            help="one state [1, H, K, V] instead of --bytes; what is not given is "
+            f"H = 1, K = {KEY_DIM}, V = {VALUE_DIM}",
+        )
+    parser.add_argument(
+        "--algorithms",
+        type=names(ALGORITHMS),
+        default=tuple(name for name in ALGORITHMS if name != "auto"),
+        metavar="NAME,...",
+        help=f"of {', '.join(ALGORITHMS)}; default all but auto",
+    )
+    parser.add_argument(
+        "--ranks-per-host",
+        type=size,
+        metavar="N",
+        help="what the hierarchical scan takes for a host; default the hosts there are",
+    )
+    parser.add_argument(
+        "--include",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="all-scan.json of runs on other numbers of ranks, for the fit and the picture",
+    )
+    add_common(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `hybridsp bench all-scan`."""
+    with one_voice():
+        shapes = _asked_shapes(args)
+    with job() as mesh:
+        with one_voice():
+            if mesh.world_size == 1:
+                raise ValueError(
+                    "a scan over 1 rank sends nothing: start at least 2, for example "
+                    "torchrun --nproc-per-node 2 -m hybridsp.cli bench all-scan"
+                )
+            included = mesh.on_rank_zero(_read_included, args.include)
+            folder = mesh.on_rank_zero(make_folder, "all-scan", args.out)
+        if shapes is None:
+            shapes = [shape_of(num_bytes) for num_bytes in DEFAULT_BYTES[mesh.device.type]]
+        record = measure_all(args, mesh, shapes, folder)
+        if mesh.rank == 0:
+            _write(record, included, folder)
+
+
+def measure_all(
+    args: argparse.Namespace, mesh: SPMesh, shapes: list[tuple[int, int, int]], folder: Path
+) -> dict[str, Any]:
+    """The record of a run, without the fits. Collective."""
+    bandwidth = wire_bandwidth(mesh, args.repeats)
+    rows, traces = measure_cases(args, mesh, shapes, bandwidth, folder)
+    return {
+        "bench": "all-scan",
+        "environment": environment(mesh),
+        "options": {
+            "algorithms": args.algorithms,
+            "repeats": args.repeats,
+            "states": shapes,
+            "included": [str(path) for path in args.include],
+        },
+        "wire_bytes_per_second": bandwidth,
+        "topology": asdict(topology(mesh.sp_group, mesh.device)),
+        "cases": rows,
+        "traces": traces,
+    }
+
+
+def _write(record: dict[str, Any], included: list[Measured], folder: Path) -> None:
+    rows = record["cases"]
+    points = [*scans_measured(rows), *included]
+    fits = cost_model.fit_all(points)
+    record["fits"] = {name: fitted.as_json() for name, fitted in fits.items()}
+    write_json(folder / "all-scan.json", record)
+    references = [row for row in rows if row["direction"] is None and "seconds" in row]
+    cost_model.draw(points, references, fits, folder / "all-scan.png", _title(record))
+    print(describe(record, fits, folder))
+
+
+def measure_cases(
+    args: argparse.Namespace,
+    mesh: SPMesh,
+    shapes: list[tuple[int, int, int]],
+    bandwidth: float,
+    folder: Path,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every row, and a line for each trace. Collective."""
+    total = len(shapes) * (2 + len(DIRECTIONS) * len(args.algorithms))
+    largest = max(shapes, key=_bytes_of)
+    rows, traces = [], []
+    with tqdm(total=total, desc="all-scan", unit="case", disable=mesh.rank > 0) as bar:
+        for shape in shapes:
+            for case, why_not in cases(args, mesh, shape):
+                call = partial(measure, case.call, mesh, repeats=args.repeats)
+                times, reason = attempt(call, mesh) if why_not is None else (None, why_not)
+                rows.append(row_of(case, times, reason, bandwidth, mesh))
+                bar.update()
+                if args.trace and shape == largest and reason is None and case.scan is not None:
+                    path = folder / f"trace-{case.name}-{case.direction}.json"
+                    traces.append(trace.record(case.call, mesh, path))
+    return rows, traces
+
+
+def cases(
+    args: argparse.Namespace, mesh: SPMesh, shape: tuple[int, int, int]
+) -> Iterator[tuple[Case, str | None]]:
+    """The rows of a state, each with the reason why it cannot be had. Collective."""
+    state, decay = make_state(shape, mesh)
+    for case in reference_cases(state, mesh):
+        yield case, None
+    for algorithm in args.algorithms:
+        options = options_of(algorithm, args.ranks_per_host)
+        planned, reason = attempt(partial(plan, options, state, decay, mesh), mesh)
+        for case in scan_cases(options, state, decay, mesh, planned):
+            yield case, reason
+
+
+def row_of(
+    case: Case, times: Times | None, reason: str | None, bandwidth: float, mesh: SPMesh
+) -> dict[str, Any]:
+    """A case's entry in the record: what it is, what was measured, what follows from it."""
+    row = {
+        "name": case.name,
+        "direction": case.direction,
+        "ranks": mesh.sp,
+        "state_bytes": case.state_bytes,
+        "scan": None if case.scan is None else asdict(case.scan),
+        "reason": reason,
+    }
+    if times is None:
+        return row
+    sent, messages = case.state_bytes, 1
+    if case.scan is not None:
+        sent, messages = case.scan.bytes_sent(), case.scan.messages()
+    elif case.name == ALL_GATHER:
+        sent, messages = (mesh.sp - 1) * case.state_bytes, mesh.sp - 1
+    return {
+        **row,
+        **times.as_json(),
+        "bytes_sent": sent,
+        "fraction_of_wire": sent / times.median / bandwidth,
+        "seconds_per_hop": times.median / messages,
+    }
+
+
+def scans_measured(rows: list[dict[str, Any]]) -> list[Measured]:
+    """The points to fit; "auto" repeats one of the others."""
+    return [
+        Measured(scan=Scan(**row["scan"]), seconds=row["seconds"])
+        for row in rows
+        if row["scan"] is not None and row["name"] != "auto" and "seconds" in row
+    ]
+
+
+def describe(record: dict[str, Any], fits: dict[str, Fit], folder: Path) -> str:
+    """What is printed: the table, the fits, where the files are."""
+    shown = [
+        {
+            "name": _shown_name(row),
+            "direction": row["direction"],
+            "state": human_bytes(row["state_bytes"]),
+            "us": scaled(row.get("seconds"), 1e6),
+            "us_p10": scaled(row.get("seconds_p10"), 1e6),
+            "us_p90": scaled(row.get("seconds_p90"), 1e6),
+            "sent": human_bytes(row["bytes_sent"]) if "bytes_sent" in row else None,
+            "percent_of_wire": scaled(row.get("fraction_of_wire"), 100),
+            "us_per_hop": scaled(row.get("seconds_per_hop"), 1e6),
+            "num_blocks": (row["scan"] or {}).get("num_blocks"),
+            "reason": row["reason"],
+        }
+        for row in record["cases"]
+    ]
+    lines = [
+        f"{name}: {1e6 * fitted.link.latency:.1f} us + bytes / "
+        f"({fitted.link.bandwidth / 1e9:.2f} GB/s), off by {fitted.error:.0%}"
+        for name, fitted in fits.items()
+    ]
+    parts = [_title(record), format_table(COLUMNS, shown)]
+    if lines:
+        parts.append("\n".join(["effective links (fit; what the dashed lines extend):", *lines]))
+    parts += record["traces"]
+    return "\n\n".join([*parts, f"written to {folder}"])
+
+
+def _shown_name(row: dict[str, Any]) -> str:
+    is_auto = row["name"] == "auto" and row["scan"] is not None
+    return f"auto ({row['scan']['algorithm']})" if is_auto else row["name"]
+
+
+def _title(record: dict[str, Any]) -> str:
+    where = record["environment"]
+    return (
+        f"All-Scan, {where['world']} x {where['chip']} on {where['hosts']} host(s), "
+        f"{where['backend']}; wire {record['wire_bytes_per_second'] / 1e9:.2f} GB/s"
+    )
+
+
+def _asked_shapes(args: argparse.Namespace) -> list[tuple[int, int, int]] | None:
+    """H, K, V of each state that the options name; None where they name none."""
+    given = args.heads, args.key_dim, args.value_dim
+    if any(given) and args.bytes:
+        raise ValueError("--bytes and --heads, --key-dim, --value-dim exclude each other")
+    if any(given):
+        return [(args.heads or 1, args.key_dim or KEY_DIM, args.value_dim or VALUE_DIM)]
+    return [shape_of(num_bytes) for num_bytes in args.bytes] if args.bytes else None
+
+
+def _read_included(paths: list[Path]) -> list[Measured]:
+    points = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["bench"] != "all-scan":
+                raise KeyError("all-scan")
+            points += scans_measured(record["cases"])
+        except (ValueError, KeyError, TypeError) as error:  # no JSON, or other JSON
+            raise ValueError(
+                f"--include {path} is no record of bench all-scan ({error!r}): give an "
+                "all-scan.json that it wrote"
+            ) from error
+    return points
+
+
+def _bytes_of(shape: tuple[int, int, int]) -> int:
+    heads, key_dim, value_dim = shape
+    return heads * key_dim * value_dim * 4

@@ -1,0 +1,359 @@
+"""`hybridsp bench linear`: the linear layer against its memory floor, FLA and other parallelism.
+
+Each row is one way to compute the layer on so many tokens per rank. `local` is the layer without
+sequence parallelism: the same number of tokens on one device, with a state that enters. The others
+are sequence parallel over the whole job, so a row's SP tax is its time over that of `local` with
+the same backend: 1.0 means that sequence parallelism is free. The floor is the time in which a copy
+at this device's bandwidth, measured in the same run, would move each input and output once.
+
+The first call of each op, on few tokens, is timed apart: it compiles and tunes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hybridsp.attention.linear import METHODS
+from hybridsp.bench import linear_check, trace
+from hybridsp.bench.job import attempt, job, one_voice
+from hybridsp.bench.linear_ops import (
+    DTYPES,
+    FLA,
+    Inputs,
+    Op,
+    Shape,
+    forward,
+    forward_backward,
+    local_op,
+    make_inputs,
+    parallel_op,
+)
+from hybridsp.bench.options import add_common, human_bytes, names, size, sizes
+from hybridsp.bench.report import (
+    environment,
+    finish_panel,
+    format_table,
+    make_folder,
+    new_figure,
+    scaled,
+    write_json,
+)
+from hybridsp.bench.timing import Times, copy_bandwidth, measure, seconds_of_first
+from hybridsp.mesh import SPMesh
+from hybridsp.metrics import GIB
+from hybridsp.ops.gla.contract import BACKENDS
+
+LOCAL = "local"
+PASSES: dict[str, Callable[[Op, Inputs], Any]] = {"fwd": forward, "fwd+bwd": forward_backward}
+DEFAULT_TOKENS = {"cuda": (2**13, 2**15, 2**17), "cpu": (2**9, 2**11)}
+# Kernels are keyed by head sizes, not by length: compile and tune where a call is cheap.
+FIRST_CALL_TOKENS = 2048
+COLUMNS = {
+    "method": "method",
+    "backend": "backend",
+    "tokens_shown": "tokens/rank",
+    "forward_ms": "fwd ms",
+    "forward_floor": "x floor",
+    "training_ms": "fwd+bwd ms",
+    "training_floor": "x floor",
+    "floor_ms": "floor ms",
+    "peak_gib": "peak GiB",
+    "tokens_per_second": "tokens/s/rank",
+    "sp_tax": "SP tax",
+    "first_call_seconds": "first call s",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `hybridsp bench linear`."""
+    parser.add_argument(
+        "--tokens-per-rank",
+        type=sizes,
+        metavar="L,...",
+        help="default 8K,32K,128K on GPUs, 512,2K on CPUs",
+    )
+    for name, default in (("--heads", 16), ("--key-dim", 128), ("--value-dim", 128)):
+        parser.add_argument(
+            name, type=size, default=default, metavar="N", help="default %(default)s"
+        )
+    parser.add_argument(
+        "--decay",
+        choices=("vector", "scalar"),
+        default="vector",
+        help="a gate per key channel or per head; default %(default)s",
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="bf16", help="of q, k, v; default %(default)s"
+    )
+    parser.add_argument(
+        "--methods",
+        type=names(METHODS),
+        metavar="NAME,...",
+        help=f"of {', '.join(METHODS)}; default all of them, none in a job of one rank",
+    )
+    parser.add_argument(
+        "--backends",
+        type=names((*BACKENDS, FLA)),
+        default=("triton", "plain", FLA),
+        metavar="NAME,...",
+        help=f"of {', '.join((*BACKENDS, FLA))} (fla is the rival, without sequence parallelism); "
+        "default all of them",
+    )
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        type=names(tuple(PASSES)),
+        default=tuple(PASSES),
+        metavar="NAME,...",
+        help="of fwd, fwd+bwd; default both",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="also compare outputs and gradients with a naive recurrence, for four kinds of gates",
+    )
+    add_common(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `hybridsp bench linear`."""
+    with job() as mesh:
+        with one_voice():
+            folder = mesh.on_rank_zero(make_folder, "linear", args.out)
+        record = measure_all(args, mesh, folder)
+        if mesh.rank == 0:
+            write_json(folder / "linear.json", record)
+            draw(record["cases"], folder / "linear.png", record["environment"])
+            print(describe(record, folder))
+
+
+def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[str, Any]:
+    """The record of a run. Collective."""
+    bandwidth = copy_bandwidth(mesh, repeats=args.repeats)
+    rows, traces = measure_cases(args, mesh, bandwidth, folder)
+    return {
+        "bench": "linear",
+        "environment": environment(mesh),
+        "options": _options(args, mesh),
+        "copy_bytes_per_second": bandwidth,
+        "cases": rows,
+        "checks": linear_check.check_all(args, mesh) if args.check else [],
+        "traces": traces,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row: a method, a backend and a shape."""
+
+    method: str
+    backend: str
+    shape: Shape
+
+    def op(self, mesh: SPMesh) -> Op:
+        """What is timed."""
+        if self.method == LOCAL:
+            return local_op(self.backend)
+        return parallel_op(self.method, self.backend, mesh)
+
+
+def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
+    """All rows, `local` before what is compared with it."""
+    methods = args.methods or (METHODS if mesh.world_size > 1 else ())
+    pairs = [(LOCAL, backend) for backend in args.backends]
+    pairs += [(method, name) for method in methods for name in args.backends if name != FLA]
+    lengths = args.tokens_per_rank or DEFAULT_TOKENS[mesh.device.type]
+    return [
+        Case(method=method, backend=backend, shape=shape_of(args, tokens))
+        for tokens in lengths
+        for method, backend in pairs
+    ]
+
+
+def shape_of(args: argparse.Namespace, tokens: int) -> Shape:
+    """The layer that the options describe, on so many tokens."""
+    return Shape(
+        tokens=tokens,
+        heads=args.heads,
+        key_dim=args.key_dim,
+        value_dim=args.value_dim,
+        decay=args.decay,
+        dtype=DTYPES[args.dtype],
+    )
+
+
+def measure_cases(
+    args: argparse.Namespace, mesh: SPMesh, bandwidth: float, folder: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every case's row, and a line for each trace. Collective."""
+    todo = cases(args, mesh)
+    longest = max(case.shape.tokens for case in todo)
+    first_calls: dict[tuple[str, str], float] = {}
+    rows, traces = [], []
+    for case in tqdm(todo, desc="linear", unit="case", disable=mesh.rank > 0):
+        key = case.method, case.backend
+        work = partial(_measure, case, args, mesh, first_calls.get(key))
+        result, reason = attempt(work, mesh, foreign=case.backend == FLA)
+        if result is None:
+            result = {"times": {}}
+        elif key not in first_calls:
+            first_calls[key] = result["first_call_seconds"]
+        rows.append(_row(case, result, reason, bandwidth))
+        if args.trace and reason is None and case.shape.tokens == longest:
+            path = folder / f"trace-{case.method}-{case.backend}-{longest}.json"
+            traces.append(_trace(case, args, mesh, path))
+    _add_taxes(rows)
+    return rows, traces
+
+
+def _measure(
+    case: Case, args: argparse.Namespace, mesh: SPMesh, first_call: float | None
+) -> dict[str, Any]:
+    op = case.op(mesh)
+    if first_call is None:
+        first_call = _first_call(op, case.shape, args.passes, mesh)
+    inputs = make_inputs(case.shape, mesh.device, seed=mesh.rank)
+    times = {
+        name: measure(partial(PASSES[name], op, inputs), mesh, repeats=args.repeats)
+        for name in args.passes
+    }
+    return {"first_call_seconds": first_call, "times": times}
+
+
+def _first_call(op: Op, shape: Shape, passes: Sequence[str], mesh: SPMesh) -> float:
+    """Seconds of the first call of each pass, on few tokens."""
+    few = replace(shape, tokens=min(shape.tokens, FIRST_CALL_TOKENS))
+    inputs = make_inputs(few, mesh.device, seed=mesh.rank)
+    return sum(seconds_of_first(partial(PASSES[name], op, inputs), mesh) for name in passes)
+
+
+def _row(
+    case: Case, result: dict[str, Any], reason: str | None, bandwidth: float
+) -> dict[str, Any]:
+    times: dict[str, Times] = result["times"]
+    passes = {}
+    for name, measured in times.items():
+        floor = case.shape.bytes_of(name) / bandwidth
+        passes[name] = {
+            **measured.as_json(),
+            "floor_seconds": floor,
+            "times_floor": measured.median / floor,
+            "tokens_per_second": case.shape.tokens / measured.median,
+        }
+    return {
+        "method": case.method,
+        "backend": case.backend,
+        "tokens_per_rank": case.shape.tokens,
+        "passes": passes,
+        "first_call_seconds": result.get("first_call_seconds"),
+        "reason": reason,
+    }
+
+
+def _add_taxes(rows: list[dict[str, Any]]) -> None:
+    """The SP tax of each pass, where `local` with the same backend and tokens was measured."""
+    for row in rows:
+        if row["method"] == LOCAL:
+            continue
+        (alone,) = (
+            other
+            for other in rows
+            if other["method"] == LOCAL
+            and all(other[key] == row[key] for key in ("backend", "tokens_per_rank"))
+        )
+        for name, figures in row["passes"].items():
+            if name in alone["passes"]:
+                figures["sp_tax"] = figures["seconds"] / alone["passes"][name]["seconds"]
+
+
+def _trace(case: Case, args: argparse.Namespace, mesh: SPMesh, path: Path) -> str:
+    """Of the widest pass that was asked for."""
+    op, inputs = case.op(mesh), make_inputs(case.shape, mesh.device, seed=mesh.rank)
+    call = PASSES["fwd+bwd" if "fwd+bwd" in args.passes else "fwd"]
+    return trace.record(partial(call, op, inputs), mesh, path)
+
+
+def table_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `COLUMNS` shows of the record's rows; the last columns are of the widest pass."""
+    shown = []
+    for row in rows:
+        forward_pass = row["passes"].get("fwd", {})
+        training = row["passes"].get("fwd+bwd", {})
+        widest = training or forward_pass
+        shown.append(
+            {
+                "method": row["method"],
+                "backend": row["backend"],
+                "tokens_shown": human_bytes(row["tokens_per_rank"]),
+                "forward_ms": scaled(forward_pass.get("seconds"), 1e3),
+                "forward_floor": forward_pass.get("times_floor"),
+                "training_ms": scaled(training.get("seconds"), 1e3),
+                "training_floor": training.get("times_floor"),
+                "floor_ms": scaled(widest.get("floor_seconds"), 1e3),
+                "peak_gib": scaled(widest.get("peak_bytes"), 1 / GIB),
+                "tokens_per_second": widest.get("tokens_per_second"),
+                "sp_tax": widest.get("sp_tax"),
+                "first_call_seconds": row["first_call_seconds"],
+                "reason": row["reason"],
+            }
+        )
+    return shown
+
+
+def describe(record: dict[str, Any], folder: Path) -> str:
+    """What is printed: the tables, the traces' lines, where the files are."""
+    where, options = record["environment"], record["options"]
+    title = (
+        f"linear attention, {where['world']} x {where['chip']}, H {options['heads']} "
+        f"K {options['key_dim']} V {options['value_dim']}, {options['decay']} decay, "
+        f"{options['dtype']}; copy {record['copy_bytes_per_second'] / 1e9:,.0f} GB/s"
+    )
+    parts = [title, format_table(COLUMNS, table_rows(record["cases"]))]
+    if record["checks"]:
+        parts += [linear_check.TITLE, format_table(linear_check.COLUMNS, record["checks"])]
+    parts += record["traces"]
+    return "\n\n".join([*parts, f"written to {folder}"])
+
+
+def draw(rows: list[dict[str, Any]], path: Path, where: dict[str, Any]) -> None:
+    """Time over tokens of every method and backend, a panel per pass, with the memory floor."""
+    measured = list(dict.fromkeys(name for row in rows for name in row["passes"]))
+    figure, panels = new_figure(max(len(measured), 1))
+    for axes, name in zip(panels, measured, strict=False):
+        for label, points in _curves(rows, name):
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+        floors = {row["tokens_per_rank"]: row["passes"][name] for row in rows if row["passes"]}
+        line = [(tokens, 1e3 * floors[tokens]["floor_seconds"]) for tokens in sorted(floors)]
+        axes.plot(*zip(*line, strict=True), color="black", linestyle=":", label="memory floor")
+        axes.set_title(name)
+        finish_panel(axes, "tokens per rank", "ms")
+    figure.suptitle(f"linear attention, {where['world']} x {where['chip']}")
+    figure.savefig(path, dpi=150)
+
+
+def _curves(rows: list[dict[str, Any]], name: str) -> Iterator[tuple[str, list[tuple[int, float]]]]:
+    for pair in dict.fromkeys((row["method"], row["backend"]) for row in rows):
+        points = [
+            (row["tokens_per_rank"], 1e3 * row["passes"][name]["seconds"])
+            for row in rows
+            if (row["method"], row["backend"]) == pair and name in row["passes"]
+        ]
+        if points:
+            yield ", ".join(pair), sorted(points)
+
+
+def _options(args: argparse.Namespace, mesh: SPMesh) -> dict[str, Any]:
+    asked = ("heads", "key_dim", "value_dim", "decay", "dtype", "backends", "passes", "repeats")
+    todo = cases(args, mesh)
+    return {
+        **{name: getattr(args, name) for name in asked},
+        "methods": list(dict.fromkeys(case.method for case in todo)),
+        "tokens_per_rank": list(dict.fromkeys(case.shape.tokens for case in todo)),
+    }

@@ -1,0 +1,74 @@
+"""Options that benchmarks share, read by argparse before anything slow happens.
+
+Sizes are written as people say them (`64K`, `4M`, binary units) and lists with commas. What a list
+may hold is checked here, so a mistake is told before a single rank has joined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def size(text: str) -> int:
+    """A positive number with an optional binary unit: `48`, `64K`, `4M`, `1G`."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size: write a positive whole number, with K, M or G if you like (64K)"
+        )
+    return int(match[1]) * UNITS[match[2]]
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Sizes with commas between them, each once, in the order given."""
+    return tuple(dict.fromkeys(size(part) for part in text.split(",")))
+
+
+def names(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of names from `allowed` with commas between them, each once."""
+
+    def read(text: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+        for name in chosen:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is unknown: choose from {', '.join(allowed)}"
+                )
+        return chosen
+
+    return read
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark: how often, and where the results go."""
+    parser.add_argument(
+        "--repeats",
+        type=size,
+        default=20,
+        metavar="N",
+        help="timed calls of each case, whose median counts; default %(default)s",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results; default bench_results/NAME-DATE-TIME",
+    )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="save torch.profiler traces (chrome://tracing, ui.perfetto.dev)",
+    )
+
+
+def human_bytes(count: float) -> str:
+    """A number with a binary unit, to four digits: `64K`, `128.5K`; `size` reads it if whole."""
+    for unit in ("G", "M", "K"):
+        if count >= UNITS[unit]:
+            return f"{count / UNITS[unit]:.4g}{unit}"
+    return f"{count:.4g}"

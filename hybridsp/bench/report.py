@@ -1,0 +1,194 @@
+"""What a benchmark leaves behind: a table on the screen, one JSON file, a picture.
+
+The JSON file is the record: what was asked, on what it ran, every case with its figures or the
+reason why it has none. Numbers in it are in SI units and their names say so; a number that is not
+finite is null. The table is for reading, and so rounded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hybridsp.bench.options import human_bytes
+from hybridsp.mesh import SPMesh
+
+ABSENT = "-"
+
+
+def environment(mesh: SPMesh) -> dict[str, Any]:
+    """On what and when a benchmark runs. Collective over the world.
+
+    Returns:
+        chip, world, hosts, backend, threads (of the CPU), the versions of what computes, date
+        (local, with its offset from UTC), commit (None outside a git tree; "+" behind one with
+        changes) and command.
+    """
+    hosts: list[str] = [""] * mesh.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    on_gpu = mesh.device.type == "cuda"
+    return {
+        "chip": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
+        "world": mesh.world_size,
+        "hosts": len(set(hosts)),
+        "backend": dist.get_backend(),
+        "threads": torch.get_num_threads(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "flash-linear-attention": _version("flash-linear-attention"),
+        "hybridsp": _version("hybridsp"),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "command": " ".join(["hybridsp", *sys.argv[1:]]),
+    }
+
+
+def make_folder(name: str, out: Path | None) -> Path:
+    """The folder for the results, made now: a place that cannot be written is told at once.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = out or Path("bench_results") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def format_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as text: names to the left, numbers to the right, reasons below.
+
+    Args:
+        columns: key -> heading.
+        rows: values by key; a missing one or None is shown as "-". A row with a "reason" is marked
+            with the number under which the reason stands below the table.
+    """
+    cells = [{key: _cell(row.get(key)) for key in columns} for row in rows]
+    widths = {
+        key: max([len(head), *(len(texts[key]) for texts in cells)])
+        for key, head in columns.items()
+    }
+    numeric = {
+        key for key in columns if any(isinstance(row.get(key), (int, float)) for row in rows)
+    }
+
+    def line(texts: Mapping[str, str]) -> str:
+        parts = (
+            text.rjust(widths[key]) if key in numeric else text.ljust(widths[key])
+            for key, text in texts.items()
+        )
+        return "  ".join(parts).rstrip()
+
+    reasons = list(dict.fromkeys(row["reason"] for row in rows if row.get("reason")))
+    lines = [line(columns), "  ".join("-" * width for width in widths.values())]
+    for row, texts in zip(rows, cells, strict=True):
+        mark = f"  [{1 + reasons.index(row['reason'])}]" if row.get("reason") else ""
+        lines.append(line(texts) + mark)
+    lines += [f"[{n}] cannot run: {reason}" for n, reason in enumerate(reasons, start=1)]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a benchmark's record; see the module's text."""
+    text = json.dumps(_finite(record), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def new_figure(panels: int) -> tuple[Figure, list[Any]]:
+    """An empty picture of some panels side by side, and its axes.
+
+    The object interface, not pyplot: no global state, and no display is looked for.
+    """
+    figure = Figure(figsize=(6.5 * panels, 6.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def finish_panel(axes: Any, x_label: str, y_label: str) -> None:
+    """Logarithmic axes, the lower one in powers of two; the legend below, where it hides nothing.
+
+    Call it when everything is drawn.
+    """
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: human_bytes(value))
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def scaled(value: float | None, factor: float) -> float | None:
+    """A figure in another unit, or None where there is none."""
+    return None if value is None else value * factor
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ABSENT
+    if not isinstance(value, float):
+        return str(value)
+    if not math.isfinite(value):
+        return "not finite"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.1e}"
+    digits = 3 - max(0, math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{max(digits, 0)}f}"
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every number that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux tells it; "CPU" elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, if it is one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None  # no git here, or none that answers: the record does without
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package can lie inside somebody else's tree; ours tracks this file.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    return f"{commit}+" if changes else commit

@@ -1,0 +1,127 @@
+"""How long a call takes on the slowest rank, and how much memory it needs.
+
+Ranks start each repetition together, behind a barrier. Without one, the first rank of a pipeline
+would run ahead by many calls, and the last would see how often a result arrives, not how long one
+takes. On a GPU the time is between two CUDA events on the current stream, so the barrier and the
+launch of the events cost nothing that is counted; on a CPU it is the wall clock's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hybridsp.mesh import SPMesh
+
+WARMUP_CALLS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """What was measured of one call.
+
+    Attributes:
+        median, p10, p90: seconds, of the rank whose median is largest.
+        peak_bytes: most memory that PyTorch had allocated on a rank's GPU, what was there before
+            the call included; None on a CPU.
+    """
+
+    median: float
+    p10: float
+    p90: float
+    peak_bytes: int | None
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """The figures by name, with the unit in it."""
+        return {
+            "seconds": self.median,
+            "seconds_p10": self.p10,
+            "seconds_p90": self.p90,
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def measure(
+    call: Callable[[], Any], mesh: SPMesh, *, repeats: int, warmup: int = WARMUP_CALLS
+) -> Times:
+    """Time `call`, which every rank of the mesh makes. Collective over the world.
+
+    Args:
+        call: what is timed; its result is dropped at once.
+        mesh: the job; says on which device.
+        repeats: timed calls, at least 1.
+        warmup: calls before them.
+    """
+    on_gpu = mesh.device.type == "cuda"
+    for _ in range(warmup):
+        call()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = (_event_seconds if on_gpu else _clock_seconds)(call, mesh, repeats)
+    levels = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    mine = torch.tensor(seconds, dtype=torch.float64).quantile(levels).tolist()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    ranks: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(ranks, (mine, peak))
+    median, p10, p90 = max(quantiles for quantiles, _ in ranks)
+    peaks = [peak for _, peak in ranks if peak is not None]
+    return Times(median=median, p10=p10, p90=p90, peak_bytes=max(peaks, default=None))
+
+
+def seconds_of_first(call: Callable[[], Any], mesh: SPMesh) -> float:
+    """Wall seconds of one call that may have to compile or tune; the slowest rank's. Collective."""
+    synchronize(mesh)
+    start = time.perf_counter()
+    call()
+    synchronize(mesh)
+    ranks: list[float] = [0.0] * mesh.world_size
+    dist.all_gather_object(ranks, time.perf_counter() - start)
+    return max(ranks)
+
+
+def copy_bandwidth(mesh: SPMesh, *, repeats: int) -> float:
+    """Bytes per second, read and written, of a copy inside the slowest rank's own memory."""
+    num_bytes = 2**29 if mesh.device.type == "cuda" else 2**25
+    source = torch.zeros(num_bytes // 4, device=mesh.device)
+    target = torch.zeros_like(source)
+    times = measure(lambda: target.copy_(source), mesh, repeats=repeats)
+    return 2 * num_bytes / times.median
+
+
+def synchronize(mesh: SPMesh) -> None:
+    """Wait until this rank's device is idle."""
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _event_seconds(call: Callable[[], Any], mesh: SPMesh, repeats: int) -> list[float]:
+    pairs = []
+    token = torch.zeros(1, device=mesh.device)
+    for _ in range(repeats):
+        if mesh.world_size > 1:
+            # Enqueued, as everything is: the stream waits for the other ranks, the host does not.
+            dist.all_reduce(token)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        pairs.append((start, stop))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
+
+
+def _clock_seconds(call: Callable[[], Any], mesh: SPMesh, repeats: int) -> list[float]:
+    seconds = []
+    for _ in range(repeats):
+        if mesh.world_size > 1:
+            dist.barrier()
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds

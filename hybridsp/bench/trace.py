@@ -1,0 +1,139 @@
+"""Profiler traces, and what they say about overlap.
+
+Communication costs nothing only while something else computes. A trace shows the GPU's streams;
+`overlap` reads from it for how much of the time during which a side stream was busy (the scan, and
+NCCL's own streams) kernels of the main stream ran too. A NCCL kernel that waits for a peer is busy,
+so time lost by waiting counts as scan time that is not hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from hybridsp.bench.job import attempt
+from hybridsp.bench.timing import synchronize
+from hybridsp.mesh import SPMesh
+
+GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Microseconds of one trace: side streams busy, and of these with the main stream busy too."""
+
+    side_us: float
+    hidden_us: float
+
+    @property
+    def fraction(self) -> float:
+        """The share of the side streams' time that is hidden."""
+        return self.hidden_us / self.side_us
+
+
+def record(call: Callable[[], Any], mesh: SPMesh, path: Path) -> str:
+    """Trace one call and save it as a chrome trace; says in a line what it shows. Collective.
+
+    The trace is rank 1's, which both receives and sends; rank 0's in a job of one. A trace that
+    cannot be had is a line that says why: it must not cost the run its figures.
+    """
+    line, reason = attempt(partial(_record, call, mesh, path), mesh)
+    box = [f"{path.name}: {line or reason}"]
+    dist.broadcast_object_list(box, src=_traced(mesh) if reason is None else 0)
+    return box[0]
+
+
+def _traced(mesh: SPMesh) -> int:
+    return min(1, mesh.world_size - 1)
+
+
+def _record(call: Callable[[], Any], mesh: SPMesh, path: Path) -> str:
+    """What `record` says, on the rank that is traced; elsewhere nothing."""
+    activities = [ProfilerActivity.CPU]
+    if mesh.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    line = ""
+    for last in (False, True):  # the first profile starts the profiler, which holds up the peers
+        synchronize(mesh)
+        dist.barrier()
+        tracing = mesh.rank == _traced(mesh)
+        with profile(activities=activities) if tracing else nullcontext() as profiler:
+            call()
+            synchronize(mesh)
+        if last and profiler is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+            line = describe(json.loads(path.read_text())["traceEvents"])
+    return line
+
+
+def describe(events: Sequence[Mapping[str, Any]]) -> str:
+    """One line about the overlap in a trace's events."""
+    found = overlap(events)
+    if found is None:
+        return "no GPU work in the trace, so no overlap to see"
+    if found.side_us == 0:
+        return "nothing ran beside the main stream"
+    return (
+        f"{found.side_us:.0f} us on side streams (the scan), {found.hidden_us:.0f} us of them "
+        f"while the main stream computed: {found.fraction:.0%} hidden"
+    )
+
+
+def overlap(events: Sequence[Mapping[str, Any]]) -> Overlap | None:
+    """How much of the side streams' time the main stream covers; None without GPU work.
+
+    The main stream is the one that computes longest; NCCL's kernels do not count as computing.
+    """
+    busy: dict[Any, list[Interval]] = defaultdict(list)
+    computing: dict[Any, float] = defaultdict(float)
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in GPU_CATEGORIES:
+            stream, start = event["args"]["stream"], float(event["ts"])
+            busy[stream].append((start, start + float(event["dur"])))
+            computing[stream] += 0.0 if "nccl" in event["name"].lower() else float(event["dur"])
+    if not busy:
+        return None
+    main = max(computing, key=lambda stream: computing[stream])
+    side = _union(span for stream, spans in busy.items() if stream != main for span in spans)
+    covered = _union(busy[main])
+    return Overlap(side_us=_length(side), hidden_us=_length(_intersection(side, covered)))
+
+
+def _union(spans: Iterable[Interval]) -> list[Interval]:
+    """Disjoint intervals that cover the same time, in order."""
+    merged: list[Interval] = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _intersection(left: Sequence[Interval], right: Sequence[Interval]) -> list[Interval]:
+    """What two lists of disjoint intervals, in order, have in common."""
+    common, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        start, stop = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
+        if start < stop:
+            common.append((start, stop))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return common
+
+
+def _length(spans: Iterable[Interval]) -> float:
+    return sum(stop - start for start, stop in spans)

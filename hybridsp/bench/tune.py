@@ -1,0 +1,245 @@
+"""Tune the launches of the Triton kernels on this chip: `hybridsp bench tune`.
+
+Every kernel is timed with every candidate at a short length, because which launch is best does not
+depend on the number of tokens. Compiling takes longer than timing, so processes side by side
+compile all candidates first (Triton keeps what it compiled on disk). The winners are written as
+the file that the package reads at start (`hybridsp.ops.gla.triton.tuning`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from hybridsp.ops.gla.contract import Tokens
+    from hybridsp.ops.gla.triton.tuning import Kernel, Launch
+
+Case: TypeAlias = tuple[int, int, bool, torch.dtype]
+"""K, V, whether the decay is one per channel, dtype."""
+Task: TypeAlias = "tuple[Case, Kernel, Launch]"
+
+# (K, V) of heads that people train: GLA's, Lightning's and Mamba-2's, SmolLM2's and Llama's.
+HEADS = ((64, 64), (128, 128), (256, 256), (256, 512))
+TIMED_STATE_ROWS = 2048  # heads x K: enough programs to fill the chip
+REPEATS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hybridsp bench tune`."""
+    parser.add_argument(
+        "--heads",
+        default=",".join(f"{k}x{v}" for k, v in HEADS),
+        metavar="KxV,...",
+        help="key and value dims to tune for; default %(default)s",
+    )
+    parser.add_argument(
+        "--decay", default="channel,head", help="one per channel, one per head; default %(default)s"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16,float32; default %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="length to time at; default %(default)s"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=8, help="that compile; default %(default)s"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="folder for the file; default: this one"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `hybridsp bench tune`."""
+    if not torch.cuda.is_available():
+        raise ValueError("bench tune times Triton's kernels and needs a CUDA device; found none")
+    from hybridsp.ops.gla.triton import tuning
+
+    cases = _cases(args)
+    tasks = [
+        (case, kernel, launch)
+        for case in cases
+        for kernel in tuning.KERNELS
+        for launch in candidates(kernel, *case[:2])
+    ]
+    sound = _sound(tasks, args.processes)
+    chip = torch.cuda.get_device_name()
+    entries: dict[str, Launch] = {}
+    for case in cases:
+        for kernel in tuning.KERNELS:
+            name = tuning.entry_name(kernel, *case)
+            best, seconds, default = _fastest(kernel, case, args.tokens, sound)
+            if best is None:
+                print(f"{name:40} no candidate fits this chip")
+                continue
+            entries[name] = best
+            print(f"{name:40} {1e3 * seconds:8.3f} ms  (rule of thumb {1e3 * default:.3f})  {best}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / tuning.file_of(chip)
+    path.write_text(tuning.dump(entries))
+    print(f"{path}: {len(entries)} launches for {chip}")
+
+
+def candidates(kernel: Kernel, key_dim: int, value_dim: int) -> Iterator[Launch]:
+    """Launches worth a try for heads of K x V."""
+    from hybridsp.ops.gla.triton.tuning import Launch, power_of_two
+
+    rows, columns = power_of_two(key_dim), power_of_two(value_dim)
+    warps = (4, 8)
+    if kernel == "prepare":
+        grid = itertools.product((32, 64, 128), (16,), warps, (1, 2))
+    elif kernel == "states":
+        grid = itertools.product((64, 128), (64, 128, 256), warps, (2, 3, 4))
+    elif kernel == "scan":
+        grid = itertools.product((8, 16, 32), (32, 64, 128), (2, 4), (1,))
+    elif kernel == "output":
+        area = tuple(width for width in (16, 32, 64, 128) if rows * width <= 16384)
+        grid = itertools.product((rows,), area, warps, (1, 2, 3))
+    else:
+        grid = itertools.product((32, 64), (32, 64, 128), warps, (1, 2, 3))
+    for height, width, num_warps, num_stages in grid:
+        if height <= rows and width <= max(columns, 16):
+            yield Launch(BK=height, BV=width, num_warps=num_warps, num_stages=num_stages)
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    found = []
+    for head, decay, dtype in itertools.product(
+        args.heads.split(","), args.decay.split(","), args.dtype.split(",")
+    ):
+        dims = head.split("x")
+        if len(dims) != 2 or not all(dim.isdigit() and int(dim) > 0 for dim in dims):
+            raise ValueError(f"--heads: {head!r} is not KxV, e.g. 128x128")
+        if decay not in ("channel", "head"):
+            raise ValueError(f"--decay: {decay!r} is unknown; use channel, head or both")
+        if dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"--dtype: {dtype!r} is unknown; use bfloat16, float32 or both")
+        found.append((int(dims[0]), int(dims[1]), decay == "channel", getattr(torch, dtype)))
+    return found
+
+
+def _inputs(case: Case, length: int) -> tuple[Tokens, torch.Tensor]:
+    """Random tokens and output gradients."""
+    from hybridsp.ops.gla.contract import Tokens
+
+    key_dim, value_dim, channels, dtype = case
+    heads = max(TIMED_STATE_ROWS // key_dim, 1)
+
+    def random(width: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(1, length, heads, width, device="cuda", dtype=dtype)
+
+    g = torch.nn.functional.logsigmoid(random(key_dim if channels else 1, torch.float32)) / 16
+    q, k, v, dout = random(key_dim), random(key_dim), random(value_dim), random(value_dim)
+    return Tokens(q=q, k=k, v=v, g=g, scale=key_dim**-0.5, segments=None), dout
+
+
+class _Work:
+    """One kernel's share of a forward and a backward, over and over."""
+
+    def __init__(self, kernel: Kernel, launch: Launch, tokens: Tokens, dout: torch.Tensor) -> None:
+        from hybridsp.ops.gla.triton import passes
+        from hybridsp.ops.gla.triton.plan import Plan
+
+        plan = Plan(tokens, {kernel: launch})
+        # Strong chunks are rare, so their launches are not worth a choice of their own.
+        plan.strengths = (False,)
+        self.kernel, self.plan, self.dout, self.passes = kernel, plan, dout, passes
+        self.prepared = passes.Prepared(plan)
+        if kernel != "prepare":
+            self.prepared.compute(states=True, pairs=True)
+            self.states = plan.chunk_states(plan.every_head).zero_()
+        if kernel == "output":
+            self.span = passes.Span(plan, self.prepared, plan.v, reverse=False)
+            self.gradient = passes.Span(plan, self.prepared, dout, reverse=True)
+            self.out = torch.empty_like(plan.v)
+
+    def __call__(self) -> None:
+        plan, heads = self.plan, self.plan.every_head
+        if self.kernel == "prepare":
+            self.prepared.compute(states=True)
+            self.prepared.compute(pairs=True)
+            self.prepared.compute(states=True, pairs=True)
+        elif self.kernel in ("states", "scan"):
+            span = self.passes.Span(plan, self.prepared, plan.v, reverse=False)
+            span.walk(heads, span.end, chunk_states=self.states)
+            self.passes.Span(plan, self.prepared, self.dout, reverse=True)
+        elif self.kernel == "output":
+            self.span.walk(heads, self.span.end, out=self.out)
+            self.gradient.walk(heads, self.span.end, out=self.out, chunk_states=self.states)
+        else:
+            gradients = self.passes.Gradients(plan)
+            gradients.compute(heads, self.prepared, self.dout, self.states, self.states)
+
+
+def _sound(tasks: list[Task], processes: int) -> set[Task]:
+    """Those candidates that fit the chip and run, each compiled on the way."""
+    outcomes: dict[Task, str] = {}
+    while waiting := [task for task in tasks if outcomes.get(task) in (None, "process lost")]:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            tried = pool.map(_try, waiting)
+            outcomes.update(
+                zip(waiting, tqdm(tried, total=len(waiting), desc="compile"), strict=True)
+            )
+    for task in tasks:
+        if outcomes[task] not in ("sound", "too large"):
+            print(*task, outcomes[task])
+    return {task for task in tasks if outcomes[task] == "sound"}
+
+
+_lost = False
+
+
+def _try(task: Task) -> str:
+    """What becomes of one candidate; runs in a process of its own."""
+    from triton.runtime.errors import OutOfResources
+
+    global _lost
+    if _lost:  # a fault takes the CUDA context with it: another process has to try
+        return "process lost"
+    case, kernel, launch = task
+    try:
+        _Work(kernel, launch, *_inputs(case, 512))()
+        torch.cuda.synchronize()
+    except OutOfResources:
+        return "too large"
+    except RuntimeError as error:
+        _lost = True
+        return str(error).splitlines()[0]
+    return "sound"
+
+
+def _fastest(
+    kernel: Kernel, case: Case, length: int, sound: set[Task]
+) -> tuple[Launch | None, float, float]:
+    """The best candidate, its seconds, and those of the rule of thumb."""
+    from hybridsp.ops.gla.triton.tuning import rule_of_thumb
+
+    def seconds(launch: Launch) -> float:
+        return _seconds(_Work(kernel, launch, *inputs))
+
+    inputs = _inputs(case, length)
+    launches = [launch for *which, launch in sound if which == [case, kernel]]
+    timed = {launch: seconds(launch) for launch in launches}
+    default = seconds(rule_of_thumb(kernel, case[0], case[1], case[3]))
+    best = min(timed, key=lambda launch: timed[launch], default=None)
+    return best, 0.0 if best is None else timed[best], default
+
+
+def _seconds(work: _Work) -> float:
+    """The median time of one call."""
+    times = []
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return sorted(times)[REPEATS // 2]
