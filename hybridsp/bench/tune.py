@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Case: TypeAlias = tuple[int, int, bool, torch.dtype]
 """K, V, whether the decay is one per channel, dtype."""
-Task: TypeAlias = "tuple[Case, Kernel, Launch]"
+Task: TypeAlias = "tuple[Case, Kernel, Launch, int]"
 
 # (K, V) of heads that people train: GLA's, Lightning's and Mamba-2's, SmolLM2's and Llama's.
 HEADS = ((64, 64), (128, 128), (256, 256), (256, 512))
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
     cases = _cases(args)
     tasks = [
-        (case, kernel, launch)
+        (case, kernel, launch, args.tokens)
         for case in cases
         for kernel in tuning.KERNELS
         for launch in candidates(kernel, *case[:2])
@@ -92,21 +92,24 @@ def candidates(kernel: Kernel, key_dim: int, value_dim: int) -> Iterator[Launch]
     from hybridsp.ops.gla.triton.tuning import Launch, power_of_two
 
     rows, columns = power_of_two(key_dim), power_of_two(value_dim)
-    warps = (4, 8)
-    if kernel == "prepare":
-        grid = itertools.product((32, 64, 128), (16,), warps, (1, 2))
-    elif kernel == "states":
-        grid = itertools.product((64, 128), (64, 128, 256), warps, (2, 3, 4))
-    elif kernel == "scan":
-        grid = itertools.product((8, 16, 32), (32, 64, 128), (2, 4), (1,))
-    elif kernel == "output":
-        area = tuple(width for width in (16, 32, 64, 128) if rows * width <= 16384)
-        grid = itertools.product((rows,), area, warps, (1, 2, 3))
-    else:
-        grid = itertools.product((32, 64), (32, 64, 128), warps, (1, 2, 3))
-    for height, width, num_warps, num_stages in grid:
-        if height <= rows and width <= max(columns, 16):
-            yield Launch(BK=height, BV=width, num_warps=num_warps, num_stages=num_stages)
+    # BK, BV, warps, stages, registers. Loops have two stages at least: with one, Triton 3.6 on
+    # Hopper now and then reads where it must not, with narrow blocks and 4 warps.
+    grids = {
+        "prepare": ((32, 64, 128), (16,), (4, 8), (1,), (0, 168, 128)),
+        "states": ((64, 128), (64, 128), (4, 8), (2, 3), (0,)),
+        "scan": ((8, 16), (32, 64), (2, 4), (1,), (0,)),
+        "output": ((rows,), (32, 64, 128), (4, 8), (2, 3), (0,)),
+        "gradient": ((32, 64), (32, 64, 128), (4, 8), (2,), (0, 168, 128)),
+    }
+    for BK, BV, num_warps, num_stages, maxnreg in itertools.product(*grids[kernel]):
+        if rows >= BK and columns >= BV and (kernel != "output" or BK * BV <= 32768):
+            yield Launch(
+                BK=BK,
+                BV=BV,
+                num_warps=num_warps,
+                num_stages=num_stages,
+                maxnreg=maxnreg or None,
+            )
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -154,7 +157,9 @@ class _Work:
         self.prepared = passes.Prepared(plan)
         if kernel != "prepare":
             self.prepared.compute(states=True, pairs=True)
-            self.states = plan.chunk_states(plan.every_head).zero_()
+            self.chunks = passes.ChunkStates(plan, plan.every_head)
+            self.chunks.states.zero_()
+            self.chunks.dstates.zero_()
         if kernel == "output":
             self.span = passes.Span(plan, self.prepared, plan.v, reverse=False)
             self.gradient = passes.Span(plan, self.prepared, dout, reverse=True)
@@ -168,14 +173,14 @@ class _Work:
             self.prepared.compute(states=True, pairs=True)
         elif self.kernel in ("states", "scan"):
             span = self.passes.Span(plan, self.prepared, plan.v, reverse=False)
-            span.walk(heads, span.end, chunk_states=self.states)
+            span.walk(heads, span.end, chunks=self.chunks)
             self.passes.Span(plan, self.prepared, self.dout, reverse=True)
         elif self.kernel == "output":
             self.span.walk(heads, self.span.end, out=self.out)
-            self.gradient.walk(heads, self.span.end, out=self.out, chunk_states=self.states)
+            self.gradient.walk(heads, self.span.end, out=self.out, chunks=self.chunks)
         else:
-            gradients = self.passes.Gradients(plan)
-            gradients.compute(heads, self.prepared, self.dout, self.states, self.states)
+            gradients = self.passes.Gradients(plan, self.prepared)
+            gradients.compute(heads, self.dout, self.chunks)
 
 
 def _sound(tasks: list[Task], processes: int) -> set[Task]:
@@ -189,7 +194,7 @@ def _sound(tasks: list[Task], processes: int) -> set[Task]:
             )
     for task in tasks:
         if outcomes[task] not in ("sound", "too large"):
-            print(*task, outcomes[task])
+            print(*task, outcomes[task], sep=", ")
     return {task for task in tasks if outcomes[task] == "sound"}
 
 
@@ -203,9 +208,9 @@ def _try(task: Task) -> str:
     global _lost
     if _lost:  # a fault takes the CUDA context with it: another process has to try
         return "process lost"
-    case, kernel, launch = task
+    case, kernel, launch, length = task
     try:
-        _Work(kernel, launch, *_inputs(case, 512))()
+        _Work(kernel, launch, *_inputs(case, length))()
         torch.cuda.synchronize()
     except OutOfResources:
         return "too large"
@@ -225,7 +230,7 @@ def _fastest(
         return _seconds(_Work(kernel, launch, *inputs))
 
     inputs = _inputs(case, length)
-    launches = [launch for *which, launch in sound if which == [case, kernel]]
+    launches = [launch for *which, launch, _ in sound if which == [case, kernel]]
     timed = {launch: seconds(launch) for launch in launches}
     default = seconds(rule_of_thumb(kernel, case[0], case[1], case[3]))
     best = min(timed, key=lambda launch: timed[launch], default=None)

@@ -28,6 +28,8 @@ def why_not(tokens: Tokens) -> str | None:
         return "Triton's kernels need an Ampere GPU or a later one"
     if tokens.q.shape[-1] > LARGEST_KEY_DIM:
         return f"K = {tokens.q.shape[-1]} is above {LARGEST_KEY_DIM}, the kernels' largest key dim"
+    if tokens.scale == 0:
+        return "scale = 0, by which the kernels divide"
     dtypes = {x.dtype for x in (tokens.q, tokens.k, tokens.v)}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))

@@ -60,15 +60,16 @@ def load_gates(
     WIDTH: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """B [C, BLOCK], the running sums of the log2 decays, and their total [BLOCK]; dtype SUM."""
+    """The running sums b [C, BLOCK] of the log2 decays, and their total [BLOCK]; dtype SUM."""
     if WIDTH == 1:  # Triton 3.6 cannot scan a [C, 1] block
         rows = tl.arange(0, C)
         column = tl.load(pointer + rows * row_stride, mask=rows < rows_left, other=0.0)
         column = column.to(SUM) * LOG2_E
         return tl.cumsum(column, axis=0)[:, None], tl.sum(column[:, None], axis=0)
-    gates = load_block(pointer, row_stride, rows_left, first_column, C, BLOCK, WIDTH)
-    gates = gates.to(SUM) * LOG2_E
-    return tl.cumsum(gates, axis=0), tl.sum(gates, axis=0)
+    else:  # noqa: RET505 - Triton compiles one of the two
+        gates = load_block(pointer, row_stride, rows_left, first_column, C, BLOCK, WIDTH)
+        gates = gates.to(SUM) * LOG2_E
+        return tl.cumsum(gates, axis=0), tl.sum(gates, axis=0)
 
 
 @triton.jit
@@ -79,6 +80,17 @@ def load_documents(pointer, first_token, length, C: tl.constexpr):
     ids = tl.load(pointer + tl.minimum(tokens, last))
     before = tl.load(pointer + first_token - 1, mask=first_token > 0, other=0)
     return ids, before, tl.load(pointer + last)
+
+
+@triton.jit
+def exact_product(left, right, total, PRECISION: tl.constexpr):
+    """Left @ right + total for fp32 `left`: beside bf16, in two parts that keep 16 of its bits."""
+    if right.dtype == tl.bfloat16:
+        high = left.to(tl.bfloat16)
+        low = (left - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(high, right, tl.dot(low, right, total))
+    else:  # noqa: RET505 - Triton compiles one of the two
+        return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Gradients of q, k and the gates, chunk by chunk and all chunks at once.
 
-With S the state before a chunk, D the gradient of the state behind it (both from `walk_kernel`),
+With S the state before a chunk, D the gradient of the state behind it, and the sum over V of S D,
+which needs S in fp32 (all from `walk_kernel`),
 
     dscores_ij = scale do_i . v_j                                          j <= i, same document
     dq_i = dscores x k (inside the chunk)  +  scale (do_i S^T) 2^b_i
@@ -25,24 +26,27 @@ from hybridsp.ops.gla.triton.blocks import (
 )
 from hybridsp.ops.gla.triton.intra import (
     head_decay,
-    mild_score_gradients,
+    mild_read_gradients,
+    mild_write_gradients,
     pair_mask,
-    strong_score_gradients,
+    strong_read_gradients,
+    strong_write_gradients,
 )
 
 
 @triton.jit
 def gradient_kernel(
-    q, k, v, g, do, documents, strong, states, dstates, dq, dk, dg,
-    scale, length, chunks, first_bh, tokens,
+    q, k, v, g, do, documents, strong, states, dstates, crossed, dq, dk, dg,
+    scale, length, chunks, v_parts, first_bh, tokens,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, CHANNELS: tl.constexpr,
     STRONG: tl.constexpr, DOCUMENTS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk [B, L, H, K] and dg [B, L, H, K], or [K blocks, B, L, H] for one decay per head.
 
-    states, dstates: [heads from first_bh, chunks, K, V]; tokens = B * L. With a decay per channel
-    one launch does the mild chunks, another (STRONG) the strong ones.
+    states, dstates [heads from first_bh, chunks, K, V] and crossed [v_parts, heads, chunks, K] are
+    `walk_kernel`'s; dstates hold the gradients, scale included; tokens = B * L. With a decay per
+    channel one launch does the mild chunks, another (STRONG) the strong ones.
     """
     # Neighbours in the grid share v and do.
     k_blocks: tl.constexpr = tl.cdiv(K, BK)
@@ -53,11 +57,11 @@ def gradient_kernel(
             return
     token = ((bh // H).to(tl.int64) * length + first) * H + bh % H
     left = length - first
-    tile = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K * V + column * V
+    place = tl.program_id(1).to(tl.int64) * chunks + chunk
+    tile = place * K * V + column * V
     dread = tl.zeros([C, BK], dtype=tl.float32)
     dwritten = tl.zeros([C, BK], dtype=tl.float32)
     dscores = tl.zeros([C, C], dtype=tl.float32)
-    crossed = tl.zeros([BK], dtype=tl.float32)
     for v_column in range(0, V, BV):
         v_block = load_block(v + token * V, H * V, left, v_column, C, BV, V)
         do_block = load_block(do + token * V, H * V, left, v_column, C, BV, V)
@@ -66,22 +70,12 @@ def gradient_kernel(
         dscores = tl.dot(do_block, tl.trans(v_block), dscores, input_precision=PRECISION)
         dread = tl.dot(do_block, tl.trans(state), dread, input_precision=PRECISION)
         dwritten = tl.dot(v_block, tl.trans(dstate), dwritten, input_precision=PRECISION)
-        crossed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
 
     ids, before, last = 0, 0, 0
     if DOCUMENTS:
         ids, before, last = load_documents(documents, first, length, C)
     g_column = column if CHANNELS else 0
     b, b_end = load_gates(g + token * G, H * G, left, g_column, C, BG, G, SUM)
-    dread *= power(b) * scale
-    dwritten *= power(b_end[None, :] - b)
-    if DOCUMENTS:
-        dread = tl.where((ids == before)[:, None], dread, 0.0)
-        dwritten = tl.where((ids == last)[:, None], dwritten, 0.0)
-    crossed *= power(b_end)
-    if DOCUMENTS:
-        crossed = tl.where(before == last, crossed, 0.0)
-
     mask = pair_mask(ids, C, DOCUMENTS)
     dscores = tl.where(mask, dscores * scale, 0.0)
     # A token reads itself without decay. Left to cancel in db, these pairs would leave their
@@ -90,27 +84,44 @@ def gradient_kernel(
     itself = token_index[:, None] == token_index[None, :]
     own = tl.sum(tl.where(itself, dscores, 0.0), axis=1)[:, None]
     dscores = tl.where(itself, 0.0, dscores)
-    q_values = load_block(q + token * K, H * K, left, column, C, BK, K)
-    k_values = load_block(k + token * K, H * K, left, column, C, BK, K)
+    if not CHANNELS:
+        dscores *= head_decay(b, mask, C)
+
+    # First all of dq, then all of dk: together they would not fit the registers.
+    k_values = load_block(k + token * K, H * K, left, column, C, BK, K).to(tl.float32)
+    dread *= power(b) * scale
+    if DOCUMENTS:
+        dread = tl.where((ids == before)[:, None], dread, 0.0)
     if STRONG:
-        dq_block, dk_block = strong_score_gradients(
-            dscores, q_values.to(tl.float32), k_values.to(tl.float32), b, C, BK, PRECISION
-        )
+        dread += strong_read_gradients(dscores, k_values, b, C, BK, PRECISION)
     elif CHANNELS:
-        dq_block, dk_block = mild_score_gradients(
-            dscores, q_values.to(tl.float32), k_values.to(tl.float32), b, C, PRECISION
-        )
+        dread += mild_read_gradients(dscores, k_values, b, C, PRECISION)
     else:
-        dscores = (dscores * head_decay(b, mask, C)).to(q_values.dtype)
-        dq_block = tl.dot(dscores, k_values, input_precision=PRECISION)
-        dk_block = tl.dot(tl.trans(dscores), q_values, input_precision=PRECISION)
-    dq_block += dread
-    dk_block += dwritten
-    q_values, k_values = q_values.to(tl.float32), k_values.to(tl.float32)
-    db = q_values * dq_block - k_values * dk_block
-    through = crossed + tl.sum(k_values * dwritten, axis=0)
-    store_block(dq + token * K, dq_block + own * k_values, H * K, left, column, C, BK, K)
-    store_block(dk + token * K, dk_block + own * q_values, H * K, left, column, C, BK, K)
+        dread = tl.dot(dscores, k_values, dread, input_precision=PRECISION)
+    q_values = load_block(q + token * K, H * K, left, column, C, BK, K).to(tl.float32)
+    db = q_values * dread
+    store_block(dq + token * K, dread + own * k_values, H * K, left, column, C, BK, K)
+
+    dwritten *= power(b_end[None, :] - b)
+    if DOCUMENTS:
+        dwritten = tl.where((ids == last)[:, None], dwritten, 0.0)
+    rows = column + tl.arange(0, BK)
+    through = tl.zeros([BK], dtype=tl.float32)
+    for part in range(v_parts):
+        line = part * tl.num_programs(1).to(tl.int64) * chunks + place
+        through += tl.load(crossed + line * K + rows, mask=rows < K, other=0.0)
+    through *= power(b_end)
+    if DOCUMENTS:
+        through = tl.where(before == last, through, 0.0)
+    through += tl.sum(k_values * dwritten, axis=0)
+    if STRONG:
+        dwritten += strong_write_gradients(dscores, q_values, b, C, BK, PRECISION)
+    elif CHANNELS:
+        dwritten += mild_write_gradients(dscores, q_values, b, C, PRECISION)
+    else:
+        dwritten = tl.dot(tl.trans(dscores), q_values, dwritten, input_precision=PRECISION)
+    db -= k_values * dwritten
+    store_block(dk + token * K, dwritten + own * q_values, H * K, left, column, C, BK, K)
     if CHANNELS:
         dgates = tl.cumsum(db, axis=0, reverse=True) + through[None, :]
         store_block(dg + token * K, dgates, H * K, left, column, C, BK, K)

@@ -23,13 +23,6 @@ SUB = tl.constexpr(16)
 
 
 @triton.jit
-def spread_around(b, middle, C: tl.constexpr):
-    """The largest exponent that a reference in the middle of the chunk leaves."""
-    spread = tl.maximum(row_of(b, 0, C) - middle, middle - row_of(b, C - 1, C))
-    return tl.max(spread, axis=0).to(tl.float32)
-
-
-@triton.jit
 def pair_mask(ids, C: tl.constexpr, DOCUMENTS: tl.constexpr):
     """[C, C], whether token i may read token j."""
     token = tl.arange(0, C)
@@ -40,10 +33,41 @@ def pair_mask(ids, C: tl.constexpr, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
+def head_decay(b, mask, C: tl.constexpr):
+    """2^(b_i - b_j) [C, C] for one decay per head, b [C, 1]; zero for pairs that do not count."""
+    b = tl.reshape(b, (C,))
+    difference = tl.where(mask, (b[:, None] - b[None, :]).to(tl.float32), 0.0)
+    return tl.where(mask, power(difference), 0.0)
+
+
+@triton.jit
+def spread_around(b, middle, C: tl.constexpr):
+    """The largest exponent that a reference in the middle of the chunk leaves."""
+    spread = tl.maximum(row_of(b, 0, C) - middle, middle - row_of(b, C - 1, C))
+    return tl.max(spread, axis=0).to(tl.float32)
+
+
+@triton.jit
 def mild_scores(q, k, b, middle, PRECISION: tl.constexpr):
     """[C, C] of fp32 q, k [C, N], unscaled, whatever stands above the diagonal."""
     read, written = q * power(b - middle[None, :]), k * power(middle[None, :] - b)
     return tl.dot(read, tl.trans(written), input_precision=PRECISION)
+
+
+@triton.jit
+def mild_read_gradients(dscores, k, b, C: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, N], the gradient of q; dscores [C, C] is zero for pairs that do not count."""
+    middle = row_of(b, C // 2 - 1, C)[None, :]
+    written = k * power(middle - b)
+    return power(b - middle) * tl.dot(dscores, written, input_precision=PRECISION)
+
+
+@triton.jit
+def mild_write_gradients(dscores, q, b, C: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, N], the gradient of k."""
+    middle = row_of(b, C // 2 - 1, C)[None, :]
+    read = q * power(b - middle)
+    return power(middle - b) * tl.dot(tl.trans(dscores), read, input_precision=PRECISION)
 
 
 @triton.jit
@@ -66,45 +90,42 @@ def strong_scores(q, k, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.const
 
 
 @triton.jit
-def mild_score_gradients(dscores, q, k, b, C: tl.constexpr, PRECISION: tl.constexpr):
-    """dq, dk [C, N] from dscores [C, C], which is zero for pairs that do not count."""
-    middle = row_of(b, C // 2 - 1, C)
-    up, down = power(b - middle[None, :]), power(middle[None, :] - b)
-    dq = up * tl.dot(dscores, k * down, input_precision=PRECISION)
-    dk = down * tl.dot(tl.trans(dscores), q * up, input_precision=PRECISION)
-    return dq, dk
-
-
-@triton.jit
-def strong_score_gradients(
-    dscores, q, k, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
-):
-    """`mild_score_gradients` for decays of any strength."""
+def strong_read_gradients(dscores, k, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """`mild_read_gradients` for decays of any strength."""
     token = tl.arange(0, C)
-    sub, place = token // SUB, token % SUB
+    sub = token // SUB
     dq = tl.zeros([C, N], dtype=tl.float32)
-    dk = tl.zeros([C, N], dtype=tl.float32)
     for later in range(1, C // SUB):
         start = row_of(b, later * SUB - 1, C)[None, :]
         up = tl.where((sub == later)[:, None], power(tl.minimum(b - start, 0.0)), 0.0)
-        down = tl.where((sub < later)[:, None], power(tl.minimum(start - b, 0.0)), 0.0)
-        dq += up * tl.dot(dscores, k * down, input_precision=PRECISION)
-        dk += down * tl.dot(tl.trans(dscores), q * up, input_precision=PRECISION)
+        written = tl.where((sub < later)[:, None], k * power(tl.minimum(start - b, 0.0)), 0.0)
+        dq += up * tl.dot(dscores, written, input_precision=PRECISION)
     for j in range(SUB):
         chosen = token[None, :] == (sub * SUB + j)[:, None]
         column = tl.sum(tl.where(chosen, dscores, 0.0), axis=1)[:, None]
         k_j = rows_of_subchunks(k, j, C, SUB, N)
         b_j = rows_of_subchunks(b, j, C, SUB, N)
-        kept = column * power(tl.minimum(b - b_j, 0.0))
-        dq += kept * k_j
-        total = sums_of_subchunks(kept * q, C, SUB, N)
-        dk += tl.where((place == j)[:, None], total, 0.0)
-    return dq, dk
+        dq += column * power(tl.minimum(b - b_j, 0.0)) * k_j
+    return dq
 
 
 @triton.jit
-def head_decay(b, mask, C: tl.constexpr):
-    """2^(b_i - b_j) [C, C] for one decay per head, b [C, 1]; zero for pairs that do not count."""
-    b = tl.reshape(b, (C,))
-    difference = tl.where(mask, (b[:, None] - b[None, :]).to(tl.float32), 0.0)
-    return tl.where(mask, power(difference), 0.0)
+def strong_write_gradients(
+    dscores, q, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`mild_write_gradients` for decays of any strength."""
+    token = tl.arange(0, C)
+    sub, place = token // SUB, token % SUB
+    dk = tl.zeros([C, N], dtype=tl.float32)
+    for later in range(1, C // SUB):
+        start = row_of(b, later * SUB - 1, C)[None, :]
+        read = tl.where((sub == later)[:, None], q * power(tl.minimum(b - start, 0.0)), 0.0)
+        down = tl.where((sub < later)[:, None], power(tl.minimum(start - b, 0.0)), 0.0)
+        dk += down * tl.dot(tl.trans(dscores), read, input_precision=PRECISION)
+    for j in range(SUB):
+        chosen = token[None, :] == (sub * SUB + j)[:, None]
+        column = tl.sum(tl.where(chosen, dscores, 0.0), axis=1)[:, None]
+        b_j = rows_of_subchunks(b, j, C, SUB, N)
+        total = sums_of_subchunks(column * power(tl.minimum(b - b_j, 0.0)) * q, C, SUB, N)
+        dk += tl.where((place == j)[:, None], total, 0.0)
+    return dk

@@ -5,7 +5,7 @@
               output          walk
     backward  start_gradient  prepare and pairs, walk from zero, scan, reversed  -> reverse All-Scan
               intra_chunk     walk from zero, scan                   while it is in flight
-              gradients       walk (states), walk reversed (dv, dstates), gradients
+              gradients       walk reversed (dv, dstates), walk (states, crossed), gradients
 
 Between forward and backward nothing is kept but the inputs and the state that entered; what the
 kernels need is computed again, because reading q, k, v and the gates costs less than storing a
@@ -69,12 +69,12 @@ class TritonBackward:
     def gradients(self, outgoing: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dq, dk, dv, dg."""
         plan, dv = self.plan, torch.empty_like(self.plan.v)
-        results = Gradients(plan)
+        results = Gradients(plan, self.prepared)
         for heads in plan.head_groups():
-            states, dstates = plan.chunk_states(heads), plan.chunk_states(heads)
-            self.span.walk(heads, self.incoming, chunk_states=states)
-            self.gradient.walk(heads, outgoing, out=dv, chunk_states=dstates)
-            results.compute(heads, self.prepared, self.dout, states, dstates)
+            chunks = ChunkStates(plan, heads)
+            self.gradient.walk(heads, outgoing, out=dv, chunks=chunks)
+            self.span.walk(heads, self.incoming, chunks=chunks)
+            results.compute(heads, self.dout, chunks)
         return results.dq, results.dk, dv, results.gates()
 
 
@@ -86,7 +86,7 @@ class Prepared:
         shape = (*plan.heads, plan.chunks)
         self.read, self.written = torch.empty_like(plan.q), torch.empty_like(plan.k)
         self.kept = plan.empty(*shape, plan.G)
-        self.pairs = plan.empty(*shape, plan.C, plan.C, dtype=plan.q.dtype)
+        self.pairs = plan.empty(*shape, plan.C, plan.C)
         self.strong = plan.empty(*shape, dtype=torch.int8)
 
     def compute(self, *, states: bool = False, pairs: bool = False) -> None:
@@ -120,7 +120,8 @@ class Span:
         self._walk(plan.every_head, None, None, None, enter=False)
         launch = plan.launch("scan")
         scan_kernel[(plan.blocks(launch), plan.num_heads)](
-            self.states, self.decays, self.until, self.end, self.decay, plan.stretches,
+            self.states, self.decays, self.until, self.end, self.decay, plan.scale,
+            plan.stretches,
             K=plan.K, V=plan.V, G=plan.G, **plan.blocks_of(launch), REVERSE=reverse,
             **plan.compiler(launch),
         )  # fmt: skip
@@ -131,58 +132,77 @@ class Span:
         incoming: Tensor | None,
         *,
         out: Tensor | None = None,
-        chunk_states: Tensor | None = None,
+        chunks: ChunkStates | None = None,
     ) -> None:
-        """Walk again, now with what enters; fills `out` and `chunk_states` if given."""
-        self._walk(heads, incoming, out, chunk_states, enter=True)
+        """Walk again, now with what enters; fill `out` and the span's part of `chunks`, if given."""
+        self._walk(heads, incoming, out, chunks, enter=True)
 
     def _walk(
         self,
         heads: range,
         incoming: Tensor | None,
         out: Tensor | None,
-        chunk_states: Tensor | None,
+        chunks: ChunkStates | None,
         *,
         enter: bool,
     ) -> None:
         plan, prepared = self.plan, self.prepared
         launch = plan.launch("states" if out is None else "output")
         nothing = self.states  # a pointer that the kernel does not follow
+        kept = nothing if chunks is None else chunks.dstates if self.reverse else chunks.states
         walk_kernel[(plan.blocks(launch), plan.stretches, len(heads))](
             prepared.read, prepared.written, prepared.kept, self.y, prepared.pairs,
             self.states, self.until, nothing if incoming is None else incoming.contiguous(),
-            nothing if out is None else out, nothing if chunk_states is None else chunk_states,
-            self.states, self.decays, plan.length, plan.chunks, plan.stretch_chunks,
-            plan.stretches, heads.start, **plan.shape, **plan.blocks_of(launch),
-            REVERSE=self.reverse, ENTER=enter, INCOMING=incoming is not None,
-            OUTPUT=out is not None, KEEP=chunk_states is not None, **plan.precision,
+            nothing if out is None else out, kept, nothing if chunks is None else chunks.dstates,
+            nothing if chunks is None else chunks.crossed, self.states, self.decays,
+            plan.scale, plan.length, plan.chunks, plan.stretch_chunks, plan.stretches, heads.start,
+            **plan.shape, **plan.blocks_of(launch), REVERSE=self.reverse, ENTER=enter,
+            INCOMING=incoming is not None, OUTPUT=out is not None, KEEP=chunks is not None,
+            CROSS=chunks is not None and not self.reverse, **plan.precision,
             **plan.compiler(launch),
         )  # fmt: skip
 
 
-class Gradients:
-    """dq, dk and what becomes dg, filled group of heads by group of heads."""
+class ChunkStates:
+    """States and gradients at the chunks of some heads, in the dtype of products.
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.dq, self.dk = torch.empty_like(plan.q), torch.empty_like(plan.k)
+    `states`, `dstates` [heads, chunks, K, V], `crossed` [blocks of V, heads, chunks, K] fp32 as in
+    `walk_kernel`, which fills dstates first.
+    """
+
+    def __init__(self, plan: Plan, heads: range) -> None:
+        shape = (len(heads), plan.chunks, plan.K)
+        self.states = plan.empty(*shape, plan.V, dtype=plan.q.dtype)
+        self.dstates = plan.empty(*shape, plan.V, dtype=plan.q.dtype)
+        self.crossed = plan.empty(-(-plan.V // plan.launch("states").BV), *shape)
+
+
+class Gradients:
+    """dq, dk and what becomes dg, filled group of heads by group of heads.
+
+    dq and dk take the place of `prepared.read` and `prepared.written`, which have their shapes and
+    which no kernel asks for once the states of a group of heads are there.
+    """
+
+    def __init__(self, plan: Plan, prepared: Prepared) -> None:
+        self.plan, self.strong = plan, prepared.strong
+        self.dq, self.dk = prepared.read, prepared.written
         self.k_blocks = -(-plan.K // plan.launch("gradient").BK)
         # Heads that share a decay among their channels get one part from each block of K.
         parts = (self.k_blocks, *plan.g.shape)
         self.dg = torch.empty_like(plan.g) if plan.channels else plan.empty(*parts)
 
-    def compute(
-        self, heads: range, prepared: Prepared, dout: Tensor, states: Tensor, dstates: Tensor
-    ) -> None:
+    def compute(self, heads: range, dout: Tensor, chunks: ChunkStates) -> None:
         """`gradient_kernel` for some heads, with the states of their chunks."""
         plan, launch = self.plan, self.plan.launch("gradient")
         for strong in plan.strengths:
             gradient_kernel[(plan.chunks * self.k_blocks, len(heads))](
-                plan.q, plan.k, plan.v, plan.g, dout, plan.segments, prepared.strong,
-                states, dstates, self.dq, self.dk, self.dg, plan.scale, plan.length, plan.chunks,
-                heads.start, plan.batch * plan.length, **plan.shape, **plan.blocks_of(launch),
+                plan.q, plan.k, plan.v, plan.g, dout, plan.segments, self.strong,
+                chunks.states, chunks.dstates, chunks.crossed, self.dq, self.dk, self.dg,
+                plan.scale, plan.length, plan.chunks, len(chunks.crossed), heads.start,
+                plan.batch * plan.length, **plan.shape, **plan.blocks_of(launch),
                 CHANNELS=plan.channels, STRONG=strong, **plan.documents, **plan.sums,
-                **plan.precision, **plan.compiler(launch),
+                **plan.gradient_precision, **plan.compiler(launch),
             )  # fmt: skip
 
     def gates(self) -> Tensor:

@@ -48,6 +48,9 @@ class Plan:
         self.segments = self.g if tokens.segments is None else tokens.segments.contiguous()
         exact = self.q.dtype == torch.float32
         self.precision = {"PRECISION": "tf32x3" if exact else "tf32"}
+        # In `gradient_kernel` products run over tokens, a layout in which tf32 has to be turned
+        # in registers; three bf16 products do not, and are more exact.
+        self.gradient_precision = {"PRECISION": "tf32x3" if exact else "bf16x3"}
         # A weak gate behind a strong one is a small difference of large sums.
         self.sums = {"SUM": tl.float64 if exact else tl.float32}
         self.documents = {"DOCUMENTS": tokens.segments is not None}
@@ -71,9 +74,13 @@ class Plan:
         """The kernels' block sizes."""
         return {"BK": launch.BK, "BG": launch.BK if self.channels else 1, "BV": launch.BV}
 
-    def compiler(self, launch: Launch) -> dict[str, int]:
+    def compiler(self, launch: Launch) -> dict[str, int | None]:
         """Triton's launch options."""
-        return {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        return {
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+            "maxnreg": launch.maxnreg,
+        }
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor on the span's device."""
@@ -85,10 +92,6 @@ class Plan:
         size = max(WORKSPACE_BYTES // each, 1)
         for first in range(0, self.num_heads, size):
             yield range(first, min(first + size, self.num_heads))
-
-    def chunk_states(self, heads: range) -> Tensor:
-        """Room for the states of all chunks of some heads, in the dtype of products."""
-        return self.empty(len(heads), self.chunks, self.K, self.V, dtype=self.q.dtype)
 
 
 @lru_cache(maxsize=8)

@@ -1,13 +1,14 @@
 """What a chunk's gates make of q and k, computed once and read by every kernel behind.
 
-    read_i     scale q_i 2^b_i            what token i reads from the state before its chunk
+    read_i     q_i 2^b_i                  what token i reads from the state before its chunk
     written_j  k_j 2^(b_C - b_j)          what token j leaves in the state after its chunk
     kept       2^b_C                      what the chunk leaves of the state before it
     pairs_ij   scale q_i . k_j 2^(b_i - b_j)   what token i reads from token j (`intra.py`)
 
 With these the recurrence is products of matrices and no gate is looked at again: one pass over q,
 k and g buys several passes without exponentials. Where a document starts, what would cross its
-start is zero.
+start is zero. read and written are rounded to the inputs' dtype, so `scale` is left out of them: a
+gate at 1 then rounds nothing. pairs stay in fp32.
 """
 
 import triton
@@ -63,7 +64,7 @@ def prepare_kernel(
         k_block = load_block(k + token * K, H * K, left, column, C, BK, K)
         b, b_end = load_gates(g + token * G, H * G, left, g_column, C, BG, G, SUM)
         if STATES:
-            read_block = q_block.to(tl.float32) * (power(b) * scale)
+            read_block = q_block.to(tl.float32) * power(b)
             written_block = k_block.to(tl.float32) * power(b_end[None, :] - b)
             passing = power(b_end)
             if DOCUMENTS:
@@ -96,4 +97,4 @@ def prepare_kernel(
             tl.store(strong + place, (spread > LIMIT).to(tl.int8))
         rows, columns = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
         total = tl.where(mask, total * scale, 0.0)
-        tl.store(pairs + place * C * C + rows * C + columns, total.to(pairs.dtype.element_ty))
+        tl.store(pairs + place * C * C + rows * C + columns, total)

@@ -3,10 +3,10 @@
     forward   S <- kept S + written^T v          from left to right
     reverse   D <- kept D + read^T do            from right to left
 
-with read, written and kept of each chunk from `prepare.py`. D is the gradient of the loss in the
-state, so the backward pass is the forward pass with read and written, v and do, left and right
-exchanged. A batch of one has too few heads to fill a GPU if each is walked from end to end. So a
-span is cut in *stretches* of some chunks:
+with read, written and kept of each chunk from `prepare.py`. scale x D is the gradient of the loss
+in the state, so the backward pass is the forward pass with read and written, v and do, left and
+right exchanged. A batch of one has too few heads to fill a GPU if each is walked from end to end. So
+a span is cut in *stretches* of some chunks:
 
     walk_kernel   each stretch from zero: what it does to a state
     scan_kernel   those, one behind the other: what enters each stretch, and the span as a whole
@@ -19,40 +19,46 @@ walk, as decay x state, and so costs no pass of its own.
 import triton
 import triton.language as tl
 
-from hybridsp.ops.gla.triton.blocks import load_block, store_block
+from hybridsp.ops.gla.triton.blocks import exact_product, load_block, store_block
 
 
 @triton.jit
 def walk_kernel(
-    read, written, kept, y, pairs, entering, until, incoming, out, chunk_states, ends, decays,
-    length, chunks, stretch_chunks, stretches, first_bh,
+    read, written, kept, y, pairs, entering, until, incoming, out, chunk_states, dstates, crossed,
+    ends, decays, scale, length, chunks, stretch_chunks, stretches, first_bh,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
     ENTER: tl.constexpr, INCOMING: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CROSS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry a block of the state through a stretch, chunk by chunk.
 
     ENTER: begin with what enters the stretch, and with INCOMING also with what of the state that
     enters the span is left there; else begin with zero, and leave the stretch's end state in
     ends [B, H, stretches, K, V] and its decay in decays [B, H, stretches, G].
-    OUTPUT (BK holds all of K): o = pairs v + read S; in reverse dv = pairs^T do + written D.
-    KEEP: the state before each chunk, in reverse the one behind it, to chunk_states
+    OUTPUT (BK holds all of K): o = pairs v + scale read S; in reverse dv = pairs^T do + scale
+    written D.
+    KEEP: the state before each chunk, in reverse scale x D behind it, to chunk_states
     [heads from first_bh, chunks, K, V].
+    CROSS: with dstates, what KEEP left in reverse, the sum over the block's columns of S dS to
+    crossed [blocks of V, heads from first_bh, chunks, K].
     """
     block, stretch, bh = tl.program_id(0), tl.program_id(1), first_bh + tl.program_id(2)
     v_blocks: tl.constexpr = (V + BV - 1) // BV
-    column, v_column = block // v_blocks * BK, block % v_blocks * BV
+    v_block = block % v_blocks
+    column, v_column = block // v_blocks * BK, v_block * BV
     g_column = column if G == K else 0
     gates = g_column + tl.arange(0, BG)
     start = (bh // H).to(tl.int64) * length
     head = bh % H
     place = bh.to(tl.int64) * stretches + stretch
     inner = column * V
+    # Gradients that come in or go out are scale x D.
+    unit = scale if REVERSE else 1.0
     if ENTER:
         state = load_block(entering + place * K * V + inner, V, K - column, v_column, BK, BV, V)
         if INCOMING:
-            left_over = tl.load(until + place * G + gates, mask=gates < G, other=0.0)
+            left_over = tl.load(until + place * G + gates, mask=gates < G, other=0.0) / unit
             whole = incoming + bh.to(tl.int64) * K * V + inner
             state += left_over[:, None] * load_block(whole, V, K - column, v_column, BK, BV, V)
     else:
@@ -63,27 +69,33 @@ def walk_kernel(
         chunk = stretch * stretch_chunks + (here - 1 - step if REVERSE else step)
         first = chunk * C
         token, left = (start + first) * H + head, length - first
+        chunk_place = tl.program_id(2).to(tl.int64) * chunks + chunk
         y_block = load_block(y + token * V, H * V, left, v_column, C, BV, V)
         w_block = load_block(written + token * K, H * K, left, column, C, BK, K)
         crossing = w_block
         if REVERSE:
             crossing = load_block(read + token * K, H * K, left, column, C, BK, K)
-        passing = tl.load(
-            kept + (bh.to(tl.int64) * chunks + chunk) * G + gates, mask=gates < G, other=1.0
-        )
+        gate_tile = kept + (bh.to(tl.int64) * chunks + chunk) * G
+        passing = tl.load(gate_tile + gates, mask=gates < G, other=1.0)
         if KEEP:
-            tile = chunk_states + (tl.program_id(2).to(tl.int64) * chunks + chunk) * K * V
-            store_block(tile + inner, state, V, K - column, v_column, BK, BV, V)
+            tile = chunk_states + chunk_place * K * V + inner
+            store_block(tile, state * unit, V, K - column, v_column, BK, BV, V)
+        if CROSS:
+            dtile = dstates + chunk_place * K * V + inner
+            dstate = load_block(dtile, V, K - column, v_column, BK, BV, V).to(tl.float32)
+            rows = column + tl.arange(0, BK)
+            line = v_block * tl.num_programs(2).to(tl.int64) * chunks + chunk_place
+            tl.store(crossed + line * K + rows, tl.sum(state * dstate, axis=1), mask=rows < K)
         if OUTPUT:
-            rows, columns = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-            tile = pairs + (bh.to(tl.int64) * chunks + chunk) * C * C
-            among = tl.load(tile + rows * C + columns)
+            tokens = tl.arange(0, C)
+            pair_tile = pairs + (bh.to(tl.int64) * chunks + chunk) * C * C
+            among = tl.load(pair_tile + tokens[:, None] * C + tokens[None, :])
             if REVERSE:
                 among, reader = tl.trans(among), w_block
             else:
                 reader = load_block(read + token * K, H * K, left, column, C, BK, K)
-            found = tl.dot(among, y_block, input_precision=PRECISION)
-            found = tl.dot(reader, state.to(y_block.dtype), found, input_precision=PRECISION)
+            found = tl.dot(reader, state.to(y_block.dtype), input_precision=PRECISION) * scale
+            found = exact_product(among, y_block, found, PRECISION)
             store_block(out + token * V, found, H * V, left, v_column, C, BV, V)
         state = state * passing[:, None]
         state = tl.dot(tl.trans(crossing), y_block, state, input_precision=PRECISION)
@@ -96,14 +108,14 @@ def walk_kernel(
 
 @triton.jit
 def scan_kernel(
-    states, decays, until, end, total, stretches,
+    states, decays, until, end, total, scale, stretches,
     K: tl.constexpr, V: tl.constexpr, G: tl.constexpr,
     BK: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Replace each stretch's end state by what enters it if zero enters the span.
 
     until [B, H, stretches, G]: what is left, at the stretch, of a state that enters the span. end
-    [B, H, K, V], total [B, H, G]: state and decay behind the whole span.
+    [B, H, K, V], total [B, H, G]: state, in reverse scale x D, and decay behind the whole span.
     """
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     v_blocks: tl.constexpr = (V + BV - 1) // BV
@@ -123,6 +135,7 @@ def scan_kernel(
             tl.store(until + place * G + gates, decay, mask=gates < G)
         state = state * passing[:, None] + added
         decay *= passing
-    store_block(end + bh * K * V + inner, state, V, K - column, v_column, BK, BV, V)
+    unit = scale if REVERSE else 1.0
+    store_block(end + bh * K * V + inner, state * unit, V, K - column, v_column, BK, BV, V)
     if v_column == 0:
         tl.store(total + bh * G + gates, decay, mask=gates < G)

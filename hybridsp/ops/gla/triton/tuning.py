@@ -4,7 +4,7 @@ Nothing is tuned while a model trains, so the first step compiles each kernel on
 all. Launches were tuned by `hybridsp bench tune` and ship with the package, one JSON file per
 chip; a shape or chip that is not there gets the rule of thumb below.
 
-A file maps "kernel/K/V/decay/dtype" to {"BK", "BV", "num_warps", "num_stages"}.
+A file maps "kernel/K/V/decay/dtype" to the fields of `Launch`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 
 Kernel = Literal["prepare", "states", "scan", "output", "gradient"]
+# Chips with another's multiprocessors, not tuned apart so far.
+ALIKE = {"nvidia-h200": "nvidia-h100"}
 KERNELS: tuple[Kernel, ...] = ("prepare", "states", "scan", "output", "gradient")
 
 
@@ -28,12 +30,15 @@ class Launch:
     Attributes:
         BK, BV: rows and columns of the state that one program holds.
         num_warps, num_stages: Triton's launch options.
+        maxnreg: registers of a thread, the fewer the more programs side by side; None for as many
+            as the compiler wants.
     """
 
     BK: int
     BV: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 def launch_of(
@@ -76,13 +81,17 @@ def rule_of_thumb(kernel: Kernel, key_dim: int, value_dim: int, dtype: torch.dty
         width = max(16, min(columns, area // rows))
         return Launch(BK=rows, BV=width, num_warps=8, num_stages=2)
     width = min(columns, 32 if wide else 64)
-    return Launch(BK=min(rows, 64), BV=width, num_warps=8, num_stages=2)
+    return Launch(BK=min(rows, 32), BV=width, num_warps=4, num_stages=2)
+
+
+def name_of(chip: str) -> str:
+    """The name that decides: "NVIDIA H100 80GB HBM3" -> "nvidia-h100"."""
+    return "-".join(chip.lower().split()[:2])
 
 
 def file_of(chip: str) -> str:
-    """The name of a chip's file: "NVIDIA H100 80GB HBM3" -> "nvidia-h100.json"."""
-    words = chip.lower().split()[:2]
-    return "-".join(words) + ".json"
+    """The name of a chip's file."""
+    return f"{name_of(chip)}.json"
 
 
 def dump(entries: dict[str, Launch]) -> str:
@@ -99,7 +108,9 @@ def power_of_two(number: int) -> int:
 def _tuned(chip: str) -> dict[str, Launch]:
     if not chip:
         return {}
-    path = resources.files(__package__) / "launches" / file_of(chip)
-    if not path.is_file():
+    folder = resources.files(__package__) / "launches"
+    own, alike = file_of(chip), file_of(ALIKE.get(name_of(chip), chip))
+    path = next((folder / name for name in (own, alike) if (folder / name).is_file()), None)
+    if path is None:
         return {}
     return {name: Launch(**entry) for name, entry in json.loads(path.read_text()).items()}
