@@ -7,12 +7,13 @@ which needs S in fp32 (all from `walk_kernel`),
     dq_i = dscores x k (inside the chunk)  +  scale (do_i S^T) 2^b_i
     dk_j = dscores x q (inside the chunk)  +  (v_j D^T) 2^(b_C - b_j)
     db_i = q_i dq_i - k_i dk_i
-    dg_t = sum over i >= t of db_i  +  2^b_C sum over V of S D  +  sum over j of k_j (v_j D^T) 2^(b_C - b_j)
+    dg_t = sum over i >= t of db_i  +  sum over j < t of w_j  +  2^b_C sum over V of S D
 
-(GLA, arXiv:2312.06635, section 4.) The last two terms are what the chunk's total decay does to
-the state behind the chunk; taking them from S and D of each chunk, rather than from one running
-sum over the sequence, keeps rounding errors from adding up.
-"""  # noqa: E501 - one line per formula
+where w_j = k_j (v_j D^T) 2^(b_C - b_j) is left out of db_j: what token j leaves behind the chunk is
+decayed by the gates behind j alone. (GLA, arXiv:2312.06635, section 4, adds it to all gates and
+takes it off again, a small difference of large numbers where gates are strong. One running sum over
+the whole sequence would do without S D, and let rounding errors add up.)
+"""
 
 import triton
 import triton.language as tl
@@ -113,19 +114,24 @@ def gradient_kernel(
     through *= power(b_end)
     if DOCUMENTS:
         through = tl.where(before == last, through, 0.0)
-    through += tl.sum(k_values * dwritten, axis=0)
+    leaving, behind = k_values * dwritten, dwritten
     if STRONG:
-        dwritten += strong_write_gradients(dscores, q_values, b, C, BK, PRECISION)
+        dwritten = strong_write_gradients(dscores, q_values, b, C, BK, PRECISION)
     elif CHANNELS:
-        dwritten += mild_write_gradients(dscores, q_values, b, C, PRECISION)
+        dwritten = mild_write_gradients(dscores, q_values, b, C, PRECISION)
     else:
-        dwritten = tl.dot(tl.trans(dscores), q_values, dwritten, input_precision=PRECISION)
+        dwritten = tl.dot(tl.trans(dscores), q_values, input_precision=PRECISION)
     db -= k_values * dwritten
-    store_block(dk + token * K, dwritten + own * q_values, H * K, left, column, C, BK, K)
+    dwritten += behind + own * q_values
+    store_block(dk + token * K, dwritten, H * K, left, column, C, BK, K)
+
+    earlier = token_index[:, None] > token_index[None, :]
     if CHANNELS:
         dgates = tl.cumsum(db, axis=0, reverse=True) + through[None, :]
+        dgates = tl.dot(earlier.to(tl.float32), leaving, dgates, input_precision=PRECISION)
         store_block(dg + token * K, dgates, H * K, left, column, C, BK, K)
     else:
         dgates = tl.cumsum(tl.sum(db, axis=1), axis=0, reverse=True) + tl.sum(through, axis=0)
+        dgates += tl.sum(tl.where(earlier, tl.sum(leaving, axis=1)[None, :], 0.0), axis=1)
         dg += k_block.to(tl.int64) * tokens * H + token
         tl.store(dg + token_index * H, dgates, mask=token_index < left)

@@ -134,7 +134,7 @@ class Span:
         out: Tensor | None = None,
         chunks: ChunkStates | None = None,
     ) -> None:
-        """Walk again, now with what enters; fill `out` and the span's part of `chunks`, if given."""
+        """Walk again, now with what enters; fill `out` and its part of `chunks`, if given."""
         self._walk(heads, incoming, out, chunks, enter=True)
 
     def _walk(

@@ -5,8 +5,8 @@
 
 with read, written and kept of each chunk from `prepare.py`. scale x D is the gradient of the loss
 in the state, so the backward pass is the forward pass with read and written, v and do, left and
-right exchanged. A batch of one has too few heads to fill a GPU if each is walked from end to end. So
-a span is cut in *stretches* of some chunks:
+right exchanged. A batch of one has too few heads to fill a GPU if each is walked from end to end,
+so a span is cut in *stretches* of some chunks:
 
     walk_kernel   each stretch from zero: what it does to a state
     scan_kernel   those, one behind the other: what enters each stretch, and the span as a whole

@@ -85,8 +85,10 @@ def rule_of_thumb(kernel: Kernel, key_dim: int, value_dim: int, dtype: torch.dty
 
 
 def name_of(chip: str) -> str:
-    """The name that decides: "NVIDIA H100 80GB HBM3" -> "nvidia-h100"."""
-    return "-".join(chip.lower().split()[:2])
+    """The name up to the model's number: "NVIDIA H100 80GB HBM3" -> "nvidia-h100"."""
+    words = chip.lower().split()
+    numbered = (i for i, word in enumerate(words) if any(map(str.isdigit, word)))
+    return "-".join(words[: next(numbered, len(words)) + 1])
 
 
 def file_of(chip: str) -> str:
