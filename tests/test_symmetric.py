@@ -4,13 +4,12 @@ import gc
 import itertools
 import math
 import multiprocessing
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from cases import case
 from distributed import run_ranks
+from fresh_interpreter import in_fresh_interpreter
 
 from hybridsp.collectives import symmetric
 from hybridsp.collectives.symmetric import (
@@ -31,6 +31,7 @@ from hybridsp.collectives.symmetric import (
 )
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def states_and_decays(ranks, shape, decay_rows, device="cpu"):
@@ -48,22 +49,6 @@ def naive_scan(state, decay, reverse):
         entering[rank] = incoming
         incoming = decay[rank][..., None] * incoming + state[rank]
     return entering
-
-
-def in_fresh_interpreter(function, **environment):
-    """Triton decides at import whether it interprets, so it is imported in its own process."""
-    pytest.importorskip("triton")
-    code = f"import test_symmetric; test_symmetric.{function.__name__}()"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
 
 
 SLICE, SLOTS = 16, 12
@@ -187,13 +172,15 @@ def lose_a_rank():
     ranks.run(0, state, decay, reverse=False)  # the other direction has its own mailbox
 
 
+@needs_triton
 @pytest.mark.parametrize("function", [emulate, race])
 def test_values_and_flow_control(function):
-    in_fresh_interpreter(function, TRITON_INTERPRET="1")
+    in_fresh_interpreter(function, timeout=120, TRITON_INTERPRET="1")
 
 
+@needs_triton
 def test_a_missing_neighbour_ends_the_wait():
-    in_fresh_interpreter(lose_a_rank, TRITON_INTERPRET="1")
+    in_fresh_interpreter(lose_a_rank, timeout=120, TRITON_INTERPRET="1")
 
 
 def order_of_memory_accesses():
@@ -231,8 +218,9 @@ def order_of_memory_accesses():
     assert "st.global.v4.b32" in found
 
 
+@needs_triton
 def test_order_of_memory_accesses():
-    in_fresh_interpreter(order_of_memory_accesses)
+    in_fresh_interpreter(order_of_memory_accesses, timeout=120)
 
 
 def test_the_cpu_has_no_symmetric_memory():
