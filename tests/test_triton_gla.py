@@ -32,7 +32,6 @@ def test_kernels_interpreted():
     pytest.importorskip("triton")
     found = in_fresh_interpreter(interpret, timeout=250, TRITON_INTERPRET="1")
     assert too_far(found, CLOSE) == {}
-    assert len(found) > 70
 
 
 def too_far(found, limit):

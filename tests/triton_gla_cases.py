@@ -30,7 +30,7 @@ class Case:
         inputs: arguments of `make_inputs`.
         change: done to the inputs.
         constants: of `plan.py`, replaced.
-        cut: (stretches, groups of heads), to be sure that the case is what its name says.
+        cut: (stretches, parts), to be sure that the case is what its name says.
         launch: which of the tuner's candidates each kernel gets; None for the rule of thumb.
     """
 
@@ -102,8 +102,8 @@ def document_cases() -> dict[str, Case]:
 
 def plan_cases() -> dict[str, Case]:
     three_heads = {"length": 20, "heads": 3}
-    # The only chunk's state and its gradient, of two heads, in fp32.
-    two_heads = 2 * 2 * SMALL["key_dim"] * SMALL["value_dim"] * 4
+    # A chunk's state, its gradient, and their product summed over V, all in fp32.
+    one_chunk = (2 * SMALL["value_dim"] + 1) * SMALL["key_dim"] * 4
     return {
         "a stretch per chunk": Case(
             inputs={"length": 150}, constants={"PROGRAMS_PER_PROCESSOR": 1000}, cut=(3, 1)
@@ -122,7 +122,12 @@ def plan_cases() -> dict[str, Case]:
             inputs=three_heads, constants={"WORKSPACE_BYTES": 1}, cut=(1, 3)
         ),
         "two heads at a time, then one": Case(
-            inputs=three_heads, constants={"WORKSPACE_BYTES": two_heads}, cut=(1, 2)
+            inputs=three_heads, constants={"WORKSPACE_BYTES": 2 * one_chunk}, cut=(1, 2)
+        ),
+        "two stretches of one head at a time, and documents": Case(
+            inputs={"length": 300, "heads": 2, "starts": (70, 140, 200)},
+            constants={"PROGRAMS_PER_PROCESSOR": 1000, "WORKSPACE_BYTES": 2 * one_chunk},
+            cut=(5, 6),
         ),
     }
 
@@ -176,7 +181,7 @@ def run_passes(inputs: Inputs, one: Case) -> dict[str, Tensor]:
         launches = {k: next(islice(cycle(x), one.launch, None)) for k, x in candidates().items()}
         forward.plan.launches = backward.plan.launches = launches
     if one.cut is not None:
-        assert (forward.plan.stretches, len(list(forward.plan.head_groups()))) == one.cut
+        assert (forward.plan.stretches, len(list(forward.plan.parts()))) == one.cut
 
     end, decay = forward.end_state()
     forward.intra_chunk()

@@ -12,7 +12,7 @@ import argparse
 import itertools
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -101,8 +101,12 @@ def candidates(kernel: Kernel, key_dim: int, value_dim: int) -> Iterator[Launch]
         "output": ((rows,), (32, 64, 128), (4, 8), (2, 3), (0,)),
         "gradient": ((32, 64), (32, 64, 128), (4, 8), (2,), (0, 168, 128)),
     }
-    for BK, BV, num_warps, num_stages, maxnreg in itertools.product(*grids[kernel]):
-        if rows >= BK and columns >= BV and (kernel != "output" or BK * BV <= 32768):
+    heights, widths, warps, stages, registers = grids[kernel]
+    blocks = {(min(BK, rows), min(BV, columns)) for BK in heights for BV in widths}
+    for (BK, BV), num_warps, num_stages, maxnreg in itertools.product(
+        sorted(blocks), warps, stages, registers
+    ):
+        if kernel != "output" or BK * BV <= 32768:
             yield Launch(
                 BK=BK,
                 BV=BV,
@@ -151,63 +155,73 @@ class _Work:
         from hybridsp.ops.gla.triton.plan import Plan
 
         plan = Plan(tokens, {kernel: launch})
-        # Strong chunks are rare, so their launches are not worth a choice of their own.
-        plan.strengths = (False,)
         self.kernel, self.plan, self.dout, self.passes = kernel, plan, dout, passes
         self.prepared = passes.Prepared(plan)
         if kernel != "prepare":
-            self.prepared.compute(states=True, pairs=True)
-            self.chunks = passes.ChunkStates(plan, plan.every_head)
-            self.chunks.states.zero_()
-            self.chunks.dstates.zero_()
+            self.prepared.make_all()
+            self.chunks = passes.ChunkStates(plan, plan.whole)
+            for states in (self.chunks.states, self.chunks.dstates, self.chunks.crossed):
+                states.zero_()
         if kernel == "output":
             self.span = passes.Span(plan, self.prepared, plan.v, reverse=False)
             self.gradient = passes.Span(plan, self.prepared, dout, reverse=True)
             self.out = torch.empty_like(plan.v)
+        if kernel == "gradient":
+            self.gradients = passes.Gradients(plan, self.prepared)
 
     def __call__(self) -> None:
-        plan, heads = self.plan, self.plan.every_head
+        plan = self.plan
         if self.kernel == "prepare":
-            self.prepared.compute(states=True)
-            self.prepared.compute(pairs=True)
-            self.prepared.compute(states=True, pairs=True)
+            self.prepared.make_states()
+            self.prepared.make_pairs()
+            self.prepared.make_all()
         elif self.kernel in ("states", "scan"):
             span = self.passes.Span(plan, self.prepared, plan.v, reverse=False)
-            span.walk(heads, span.end, chunks=self.chunks)
+            span.walk(plan.whole, span.end, chunks=self.chunks)
             self.passes.Span(plan, self.prepared, self.dout, reverse=True)
         elif self.kernel == "output":
-            self.span.walk(heads, self.span.end, out=self.out)
-            self.gradient.walk(heads, self.span.end, out=self.out, chunks=self.chunks)
-        else:
-            gradients = self.passes.Gradients(plan, self.prepared)
-            gradients.compute(heads, self.dout, self.chunks)
+            self.span.walk(plan.whole, self.span.end, out=self.out)
+            self.gradient.walk(plan.whole, self.span.end, out=self.out, chunks=self.chunks)
+        else:  # strong chunks are rare, so their launch is not worth a choice of its own
+            self.gradients.launch(plan.whole, self.dout, self.chunks, strong=False)
 
 
 def _sound(tasks: list[Task], processes: int) -> set[Task]:
     """Those candidates that fit the chip and run, each compiled on the way."""
     outcomes: dict[Task, str] = {}
-    while waiting := [task for task in tasks if outcomes.get(task) in (None, "process lost")]:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            tried = pool.map(_try, waiting)
-            outcomes.update(
-                zip(waiting, tqdm(tried, total=len(waiting), desc="compile"), strict=True)
-            )
+    while waiting := [task for task in tasks if task not in outcomes]:
+        known = _round(waiting, processes)
+        if not known:  # one of them takes its process, and with it the pool: find out which
+            known = _round(waiting[:1], 1) or {waiting[0]: "its process died"}
+        outcomes.update(known)
     for task in tasks:
         if outcomes[task] not in ("sound", "too large"):
             print(*task, outcomes[task], sep=", ")
     return {task for task in tasks if outcomes[task] == "sound"}
 
 
+def _round(tasks: list[Task], processes: int) -> dict[Task, str]:
+    """What became of the tasks whose process lived to tell."""
+    known = {}
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        tried = {pool.submit(_try, task): task for task in tasks}
+        for future in tqdm(as_completed(tried), total=len(tried), desc="compile"):
+            outcome = None if future.exception() else future.result()
+            if outcome is not None:
+                known[tried[future]] = outcome
+    return known
+
+
 _lost = False
 
 
-def _try(task: Task) -> str:
-    """What becomes of one candidate; runs in a process of its own."""
+def _try(task: Task) -> str | None:
+    """What becomes of one candidate, None if unknown; runs in a process of its own."""
     from triton.runtime.errors import OutOfResources
 
     global _lost
     if _lost:  # a fault takes the CUDA context with it: another process has to try
-        return "process lost"
+        return None
     case, kernel, launch, length = task
     try:
         _Work(kernel, launch, *_inputs(case, length))()
@@ -232,7 +246,8 @@ def _fastest(
     inputs = _inputs(case, length)
     launches = [launch for *which, launch, _ in sound if which == [case, kernel]]
     timed = {launch: seconds(launch) for launch in launches}
-    default = seconds(rule_of_thumb(kernel, case[0], case[1], case[3]))
+    rule = rule_of_thumb(kernel, case[0], case[1], case[3])
+    default = timed.get(rule) or seconds(rule)
     best = min(timed, key=lambda launch: timed[launch], default=None)
     return best, 0.0 if best is None else timed[best], default
 

@@ -11,6 +11,21 @@ Tokens behind the end of the sequence read as k = v = 0 without decay and change
 import triton
 import triton.language as tl
 
+# Triton would compile a kernel again for each kind of number (1, multiples of 16) among these.
+SIZES = [
+    "length",
+    "chunks",
+    "stretch_chunks",
+    "stretches",
+    "first_bh",
+    "first_stretch",
+    "first_chunk",
+    "part_chunks",
+    "v_parts",
+    "tokens",
+]
+# e^-200 is zero in fp32; a sum of stronger gates would only lose the digits of weak ones.
+STRONGEST_GATE = tl.constexpr(-200.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -64,11 +79,11 @@ def load_gates(
     if WIDTH == 1:  # Triton 3.6 cannot scan a [C, 1] block
         rows = tl.arange(0, C)
         column = tl.load(pointer + rows * row_stride, mask=rows < rows_left, other=0.0)
-        column = column.to(SUM) * LOG2_E
+        column = tl.maximum(column.to(SUM), STRONGEST_GATE) * LOG2_E
         return tl.cumsum(column, axis=0)[:, None], tl.sum(column[:, None], axis=0)
     else:  # noqa: RET505 - Triton compiles one of the two
         gates = load_block(pointer, row_stride, rows_left, first_column, C, BLOCK, WIDTH)
-        gates = gates.to(SUM) * LOG2_E
+        gates = tl.maximum(gates.to(SUM), STRONGEST_GATE) * LOG2_E
         return tl.cumsum(gates, axis=0), tl.sum(gates, axis=0)
 
 

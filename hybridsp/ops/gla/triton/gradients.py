@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from hybridsp.ops.gla.triton.blocks import (
+    SIZES,
     load_block,
     load_documents,
     load_gates,
@@ -35,30 +36,32 @@ from hybridsp.ops.gla.triton.intra import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     q, k, v, g, do, documents, strong, states, dstates, crossed, dq, dk, dg,
-    scale, length, chunks, v_parts, first_bh, tokens,
+    scale, length, chunks, v_parts, first_bh, first_chunk, part_chunks, tokens,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, CHANNELS: tl.constexpr,
     STRONG: tl.constexpr, DOCUMENTS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk [B, L, H, K] and dg [B, L, H, K], or [K blocks, B, L, H] for one decay per head.
 
-    states, dstates [heads from first_bh, chunks, K, V] and crossed [v_parts, heads, chunks, K] are
-    `walk_kernel`'s; dstates hold the gradients, scale included; tokens = B * L. With a decay per
-    channel one launch does the mild chunks, another (STRONG) the strong ones.
+    states, dstates [heads, part_chunks, K, V] and crossed [v_parts, heads, part_chunks, K] are
+    `walk_kernel`'s, of a part of the span; dstates hold the gradients, scale included; tokens =
+    B * L. With a decay per channel one launch does the mild chunks, another (STRONG) the strong
+    ones.
     """
     # Neighbours in the grid share v and do.
     k_blocks: tl.constexpr = tl.cdiv(K, BK)
-    k_block, chunk = tl.program_id(0) % k_blocks, tl.program_id(0) // k_blocks
-    column, first, bh = k_block * BK, chunk * C, first_bh + tl.program_id(1)
+    k_block, in_part = tl.program_id(0) % k_blocks, tl.program_id(0) // k_blocks
+    chunk, bh = first_chunk + in_part, first_bh + tl.program_id(1)
+    column, first = k_block * BK, chunk * C
     if CHANNELS:  # noqa: SIM102 - Triton would load on both sides of an `and`
         if tl.load(strong + bh.to(tl.int64) * chunks + chunk) != STRONG:
             return
     token = ((bh // H).to(tl.int64) * length + first) * H + bh % H
     left = length - first
-    place = tl.program_id(1).to(tl.int64) * chunks + chunk
+    place = tl.program_id(1).to(tl.int64) * part_chunks + in_part
     tile = place * K * V + column * V
     dread = tl.zeros([C, BK], dtype=tl.float32)
     dwritten = tl.zeros([C, BK], dtype=tl.float32)
@@ -109,7 +112,7 @@ def gradient_kernel(
     rows = column + tl.arange(0, BK)
     through = tl.zeros([BK], dtype=tl.float32)
     for part in range(v_parts):
-        line = part * tl.num_programs(1).to(tl.int64) * chunks + place
+        line = part * tl.num_programs(1).to(tl.int64) * part_chunks + place
         through += tl.load(crossed + line * K + rows, mask=rows < K, other=0.0)
     through *= power(b_end)
     if DOCUMENTS:

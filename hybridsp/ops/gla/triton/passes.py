@@ -9,7 +9,7 @@
 
 Between forward and backward nothing is kept but the inputs and the state that entered; what the
 kernels need is computed again, because reading q, k, v and the gates costs less than storing a
-state for every chunk. The backward does hold states of all chunks, but of a few heads at a time.
+state for every chunk. The backward does hold states of chunks, but of a part of the span at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hybridsp.ops.gla.contract import Tokens
 from hybridsp.ops.gla.triton.gradients import gradient_kernel
-from hybridsp.ops.gla.triton.plan import Plan
+from hybridsp.ops.gla.triton.plan import Part, Plan
 from hybridsp.ops.gla.triton.prepare import prepare_kernel
 from hybridsp.ops.gla.triton.states import scan_kernel, walk_kernel
 
@@ -33,18 +33,18 @@ class TritonForward:
     def end_state(self) -> tuple[Tensor, Tensor]:
         """The span's end state from zero, and its decay."""
         self.prepared = Prepared(self.plan)
-        self.prepared.compute(states=True)
+        self.prepared.make_states()
         self.span = Span(self.plan, self.prepared, self.plan.v, reverse=False)
         return self.span.end, self.span.decay
 
     def intra_chunk(self) -> None:
         """What the tokens of a chunk read from each other."""
-        self.prepared.compute(pairs=True)
+        self.prepared.make_pairs()
 
     def output(self, incoming: Tensor | None) -> Tensor:
         """O [B, L, H, V]."""
         out = torch.empty_like(self.plan.v)
-        self.span.walk(self.plan.every_head, incoming, out=out)
+        self.span.walk(self.plan.whole, incoming, out=out)
         return out
 
 
@@ -58,7 +58,9 @@ class TritonBackward:
     def start_gradient(self) -> tuple[Tensor, Tensor]:
         """Gradient of the state that enters, through this span's outputs; and the decay."""
         self.prepared = Prepared(self.plan)
-        self.prepared.compute(states=True, pairs=True)
+        # Pairs are not needed yet, but one pass over q, k and g makes both; what is left to do
+        # while the scan is in flight, `intra_chunk`, takes as long as a state takes to travel.
+        self.prepared.make_all()
         self.gradient = Span(self.plan, self.prepared, self.dout, reverse=True)
         return self.gradient.end, self.gradient.decay
 
@@ -70,11 +72,11 @@ class TritonBackward:
         """dq, dk, dv, dg."""
         plan, dv = self.plan, torch.empty_like(self.plan.v)
         results = Gradients(plan, self.prepared)
-        for heads in plan.head_groups():
-            chunks = ChunkStates(plan, heads)
-            self.gradient.walk(heads, outgoing, out=dv, chunks=chunks)
-            self.span.walk(heads, self.incoming, chunks=chunks)
-            results.compute(heads, self.dout, chunks)
+        for part in plan.parts():
+            chunks = ChunkStates(plan, part)
+            self.gradient.walk(part, outgoing, out=dv, chunks=chunks)
+            self.span.walk(part, self.incoming, chunks=chunks)
+            results.compute(part, self.dout, chunks)
         return results.dq, results.dk, dv, results.gates()
 
 
@@ -89,18 +91,34 @@ class Prepared:
         self.pairs = plan.empty(*shape, plan.C, plan.C)
         self.strong = plan.empty(*shape, dtype=torch.int8)
 
-    def compute(self, *, states: bool = False, pairs: bool = False) -> None:
-        """Fill read, written and kept; or pairs and strong; or all at once."""
+    def make_states(self) -> None:
+        """Fill read, written and kept."""
+        self._launch(states=True)
+
+    def make_pairs(self) -> None:
+        """Fill pairs and strong."""
+        self._launch(pairs=True)
+        self._mend_strong()
+
+    def make_all(self) -> None:
+        """Both in one pass over q, k and g."""
+        self._launch(states=True, pairs=True)
+        self._mend_strong()
+
+    def _mend_strong(self) -> None:
+        if self.plan.channels:
+            self._launch(pairs=True, strong=True)
+
+    def _launch(self, *, states: bool = False, pairs: bool = False, strong: bool = False) -> None:
         plan, launch = self.plan, self.plan.launch("prepare")
-        for strong in plan.strengths if pairs else (False,):
-            prepare_kernel[(plan.chunks, plan.num_heads)](
-                plan.q, plan.k, plan.g, plan.segments, self.read, self.written, self.kept,
-                self.pairs, self.strong, plan.scale, plan.length,
-                H=plan.H, K=plan.K, G=plan.G, C=plan.C, BK=launch.BK,
-                BG=launch.BK if plan.channels else 1, CHANNELS=plan.channels,
-                STATES=states and not strong, PAIRS=pairs, STRONG=strong, **plan.documents,
-                **plan.sums, **plan.precision, **plan.compiler(launch),
-            )  # fmt: skip
+        prepare_kernel[(plan.chunks, plan.num_heads)](
+            plan.q, plan.k, plan.g, plan.segments, self.read, self.written, self.kept,
+            self.pairs, self.strong, plan.scale, plan.length,
+            H=plan.H, K=plan.K, G=plan.G, C=plan.C, BK=launch.BK,
+            BG=launch.BK if plan.channels else 1, CHANNELS=plan.channels,
+            STATES=states, PAIRS=pairs, STRONG=strong, **plan.documents, **plan.sums,
+            **plan.precision, **plan.compiler(launch),
+        )  # fmt: skip
 
 
 class Span:
@@ -117,7 +135,7 @@ class Span:
         self.decays, self.until = plan.empty(*shape, plan.G), plan.empty(*shape, plan.G)
         self.end = plan.empty(*plan.heads, plan.K, plan.V)
         self.decay = plan.empty(*plan.heads, plan.G)
-        self._walk(plan.every_head, None, None, None, enter=False)
+        self._walk(plan.whole, None, None, None, enter=False)
         launch = plan.launch("scan")
         scan_kernel[(plan.blocks(launch), plan.num_heads)](
             self.states, self.decays, self.until, self.end, self.decay, plan.scale,
@@ -128,18 +146,18 @@ class Span:
 
     def walk(
         self,
-        heads: range,
+        part: Part,
         incoming: Tensor | None,
         *,
         out: Tensor | None = None,
         chunks: ChunkStates | None = None,
     ) -> None:
         """Walk again, now with what enters; fill `out` and its part of `chunks`, if given."""
-        self._walk(heads, incoming, out, chunks, enter=True)
+        self._walk(part, incoming, out, chunks, enter=True)
 
     def _walk(
         self,
-        heads: range,
+        part: Part,
         incoming: Tensor | None,
         out: Tensor | None,
         chunks: ChunkStates | None,
@@ -148,14 +166,14 @@ class Span:
     ) -> None:
         plan, prepared = self.plan, self.prepared
         launch = plan.launch("states" if out is None else "output")
-        nothing = self.states  # a pointer that the kernel does not follow
-        kept = nothing if chunks is None else chunks.dstates if self.reverse else chunks.states
-        walk_kernel[(plan.blocks(launch), plan.stretches, len(heads))](
+        keep = None if chunks is None else chunks.dstates if self.reverse else chunks.states
+        walk_kernel[(plan.blocks(launch), len(part.stretches), len(part.heads))](
             prepared.read, prepared.written, prepared.kept, self.y, prepared.pairs,
-            self.states, self.until, nothing if incoming is None else incoming.contiguous(),
-            nothing if out is None else out, kept, nothing if chunks is None else chunks.dstates,
-            nothing if chunks is None else chunks.crossed, self.states, self.decays,
-            plan.scale, plan.length, plan.chunks, plan.stretch_chunks, plan.stretches, heads.start,
+            self.states, self.until, None if incoming is None else incoming.contiguous(),
+            out, keep, None if chunks is None else chunks.dstates,
+            None if chunks is None else chunks.crossed, self.states, self.decays,
+            plan.scale, plan.length, plan.chunks, plan.stretch_chunks, plan.stretches,
+            part.heads.start, part.stretches.start, plan.num_chunks(part),
             **plan.shape, **plan.blocks_of(launch), REVERSE=self.reverse, ENTER=enter,
             INCOMING=incoming is not None, OUTPUT=out is not None, KEEP=chunks is not None,
             CROSS=chunks is not None and not self.reverse, **plan.precision,
@@ -164,24 +182,24 @@ class Span:
 
 
 class ChunkStates:
-    """States and gradients at the chunks of some heads, in the dtype of products.
+    """States and gradients at the chunks of a part, in the dtype of products.
 
     `states`, `dstates` [heads, chunks, K, V], `crossed` [blocks of V, heads, chunks, K] fp32 as in
     `walk_kernel`, which fills dstates first.
     """
 
-    def __init__(self, plan: Plan, heads: range) -> None:
-        shape = (len(heads), plan.chunks, plan.K)
+    def __init__(self, plan: Plan, part: Part) -> None:
+        shape = (len(part.heads), plan.num_chunks(part), plan.K)
         self.states = plan.empty(*shape, plan.V, dtype=plan.q.dtype)
         self.dstates = plan.empty(*shape, plan.V, dtype=plan.q.dtype)
-        self.crossed = plan.empty(-(-plan.V // plan.launch("states").BV), *shape)
+        self.crossed = plan.empty(plan.v_parts, *shape)
 
 
 class Gradients:
-    """dq, dk and what becomes dg, filled group of heads by group of heads.
+    """dq, dk and what becomes dg, filled part by part.
 
     dq and dk take the place of `prepared.read` and `prepared.written`, which have their shapes and
-    which no kernel asks for once the states of a group of heads are there.
+    which no kernel asks for once the states of a part are there.
     """
 
     def __init__(self, plan: Plan, prepared: Prepared) -> None:
@@ -192,18 +210,22 @@ class Gradients:
         parts = (self.k_blocks, *plan.g.shape)
         self.dg = torch.empty_like(plan.g) if plan.channels else plan.empty(*parts)
 
-    def compute(self, heads: range, dout: Tensor, chunks: ChunkStates) -> None:
-        """`gradient_kernel` for some heads, with the states of their chunks."""
+    def compute(self, part: Part, dout: Tensor, chunks: ChunkStates) -> None:
+        """`gradient_kernel` for a part, with the states of its chunks."""
+        for strong in (False, True) if self.plan.channels else (False,):
+            self.launch(part, dout, chunks, strong=strong)
+
+    def launch(self, part: Part, dout: Tensor, chunks: ChunkStates, *, strong: bool) -> None:
+        """Do the mild chunks, or the strong ones."""
         plan, launch = self.plan, self.plan.launch("gradient")
-        for strong in plan.strengths:
-            gradient_kernel[(plan.chunks * self.k_blocks, len(heads))](
-                plan.q, plan.k, plan.v, plan.g, dout, plan.segments, self.strong,
-                chunks.states, chunks.dstates, chunks.crossed, self.dq, self.dk, self.dg,
-                plan.scale, plan.length, plan.chunks, len(chunks.crossed), heads.start,
-                plan.batch * plan.length, **plan.shape, **plan.blocks_of(launch),
-                CHANNELS=plan.channels, STRONG=strong, **plan.documents, **plan.sums,
-                **plan.gradient_precision, **plan.compiler(launch),
-            )  # fmt: skip
+        gradient_kernel[(plan.num_chunks(part) * self.k_blocks, len(part.heads))](
+            plan.q, plan.k, plan.v, plan.g, dout, plan.segments, self.strong,
+            chunks.states, chunks.dstates, chunks.crossed, self.dq, self.dk, self.dg,
+            plan.scale, plan.length, plan.chunks, plan.v_parts, part.heads.start,
+            plan.first_chunk(part), plan.num_chunks(part), plan.batch * plan.length,
+            **plan.shape, **plan.blocks_of(launch), CHANNELS=plan.channels, STRONG=strong,
+            **plan.documents, **plan.sums, **plan.gradient_precision, **plan.compiler(launch),
+        )  # fmt: skip
 
     def gates(self) -> Tensor:
         """The gradient of g, in its shape and dtype."""

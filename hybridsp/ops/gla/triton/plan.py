@@ -1,12 +1,14 @@
-"""How a span is cut for the kernels: chunks, stretches, groups of heads; and what is launched how.
+"""How a span is cut for the kernels: chunks, stretches, parts; and what is launched how.
 
 A stretch is as long as it may be while every multiprocessor still gets several of them: longer
-ones mean less to scan, shorter ones more programs side by side.
+ones mean less to scan, shorter ones more programs side by side. Parts bound the backward's
+workspace: some heads, or, where the states of a single head are too many, some of its stretches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,8 +21,16 @@ from hybridsp.ops.gla.triton.tuning import Kernel, Launch, launch_of
 CHUNK = 64
 LONGEST_STRETCH = 64  # chunks
 PROGRAMS_PER_PROCESSOR = 4
-# The backward's states of all chunks, of so many heads at a time.
+# States of chunks that the backward holds at a time.
 WORKSPACE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a span's B * H heads, and some of their stretches."""
+
+    heads: range
+    stretches: range
 
 
 class Plan:
@@ -39,13 +49,10 @@ class Plan:
         self.batch, self.length, self.H, self.K = self.q.shape
         self.V, self.G, self.C = self.v.shape[-1], self.g.shape[-1], CHUNK
         self.channels = self.G > 1
-        self.every_head = range(self.batch * self.H)
-        self.strengths = (False, True) if self.channels else (False,)
         self.heads, self.num_heads = (self.batch, self.H), self.batch * self.H
         self.chunks = -(-self.length // CHUNK)
         self.shape = {"H": self.H, "K": self.K, "V": self.V, "G": self.G, "C": CHUNK}
-        # The kernels need some pointer where there are no documents.
-        self.segments = self.g if tokens.segments is None else tokens.segments.contiguous()
+        self.segments = None if tokens.segments is None else tokens.segments.contiguous()
         exact = self.q.dtype == torch.float32
         self.precision = {"PRECISION": "tf32x3" if exact else "tf32"}
         # In `gradient_kernel` products run over tokens, a layout in which tf32 has to be turned
@@ -58,6 +65,7 @@ class Plan:
         wanted = PROGRAMS_PER_PROCESSOR * _processors(self.device)
         self.stretch_chunks = min(max(programs // wanted, 1), LONGEST_STRETCH)
         self.stretches = -(-self.chunks // self.stretch_chunks)
+        self.whole = Part(range(self.num_heads), range(self.stretches))
 
     def launch(self, kernel: Kernel) -> Launch:
         """How to launch `kernel`."""
@@ -86,12 +94,31 @@ class Plan:
         """An uninitialised tensor on the span's device."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def head_groups(self) -> Iterator[range]:
-        """Those of the B * H heads whose states of all chunks are held at once."""
-        each = 2 * self.chunks * self.K * self.V * self.q.element_size()
-        size = max(WORKSPACE_BYTES // each, 1)
-        for first in range(0, self.num_heads, size):
-            yield range(first, min(first + size, self.num_heads))
+    def parts(self) -> Iterator[Part]:
+        """The span in parts whose states fit the workspace, as far as a stretch allows."""
+        in_states = self.v_parts * self.K * torch.float32.itemsize
+        each = 2 * self.K * self.V * self.q.element_size() + in_states
+        chunks = max(WORKSPACE_BYTES // each, 1)
+        heads = max(chunks // self.chunks, 1)
+        stretches = max(chunks // self.stretch_chunks, 1)
+        for first in range(0, self.num_heads, heads):
+            some = range(first, min(first + heads, self.num_heads))
+            for start in range(0, self.stretches, stretches):
+                yield Part(some, range(start, min(start + stretches, self.stretches)))
+
+    @property
+    def v_parts(self) -> int:
+        """Blocks of V in which a walk sums S x D."""
+        return -(-self.V // self.launch("states").BV)
+
+    def first_chunk(self, part: Part) -> int:
+        """Where a part begins."""
+        return part.stretches.start * self.stretch_chunks
+
+    def num_chunks(self, part: Part) -> int:
+        """Chunks of a part."""
+        stop = min(part.stretches.stop * self.stretch_chunks, self.chunks)
+        return stop - self.first_chunk(part)
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from hybridsp.ops.gla.triton.blocks import (
+    SIZES,
     load_block,
     load_documents,
     load_gates,
@@ -32,7 +33,7 @@ from hybridsp.ops.gla.triton.intra import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     q, k, g, documents, read, written, kept, pairs, strong, scale, length,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr,

@@ -19,31 +19,38 @@ walk, as decay x state, and so costs no pass of its own.
 import triton
 import triton.language as tl
 
-from hybridsp.ops.gla.triton.blocks import exact_product, load_block, store_block
+from hybridsp.ops.gla.triton.blocks import SIZES, exact_product, load_block, store_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def walk_kernel(
     read, written, kept, y, pairs, entering, until, incoming, out, chunk_states, dstates, crossed,
-    ends, decays, scale, length, chunks, stretch_chunks, stretches, first_bh,
+    ends, decays, scale, length, chunks, stretch_chunks, stretches, first_bh, first_stretch,
+    part_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
     ENTER: tl.constexpr, INCOMING: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
     CROSS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Carry a block of the state through a stretch, chunk by chunk.
+    """Carry a block of the state through a stretch, chunk by chunk. Four ways of it are used:
 
-    ENTER: begin with what enters the stretch, and with INCOMING also with what of the state that
-    enters the span is left there; else begin with zero, and leave the stretch's end state in
-    ends [B, H, stretches, K, V] and its decay in decays [B, H, stretches, G].
+        from zero                              what each stretch does       both directions
+        ENTER OUTPUT                           o                            forward
+        ENTER OUTPUT KEEP REVERSE              dv, dstates                  backward
+        ENTER KEEP CROSS                       states, crossed              backward
+
+    Without ENTER the stretch's end state goes to ends [B, H, stretches, K, V] and its decay to
+    decays [B, H, stretches, G]. ENTER: begin with what enters the stretch, and with INCOMING also
+    with what of the state that enters the span is left there.
     OUTPUT (BK holds all of K): o = pairs v + scale read S; in reverse dv = pairs^T do + scale
     written D.
     KEEP: the state before each chunk, in reverse scale x D behind it, to chunk_states
-    [heads from first_bh, chunks, K, V].
+    [heads, part_chunks, K, V] of the part of the span from first_bh and first_stretch on.
     CROSS: with dstates, what KEEP left in reverse, the sum over the block's columns of S dS to
-    crossed [blocks of V, heads from first_bh, chunks, K].
+    crossed [blocks of V, heads, part_chunks, K].
     """
-    block, stretch, bh = tl.program_id(0), tl.program_id(1), first_bh + tl.program_id(2)
+    block, bh = tl.program_id(0), first_bh + tl.program_id(2)
+    stretch = first_stretch + tl.program_id(1)
     v_blocks: tl.constexpr = (V + BV - 1) // BV
     v_block = block % v_blocks
     column, v_column = block // v_blocks * BK, v_block * BV
@@ -69,7 +76,8 @@ def walk_kernel(
         chunk = stretch * stretch_chunks + (here - 1 - step if REVERSE else step)
         first = chunk * C
         token, left = (start + first) * H + head, length - first
-        chunk_place = tl.program_id(2).to(tl.int64) * chunks + chunk
+        in_part = chunk - first_stretch * stretch_chunks
+        chunk_place = tl.program_id(2).to(tl.int64) * part_chunks + in_part
         y_block = load_block(y + token * V, H * V, left, v_column, C, BV, V)
         w_block = load_block(written + token * K, H * K, left, column, C, BK, K)
         crossing = w_block
@@ -84,7 +92,7 @@ def walk_kernel(
             dtile = dstates + chunk_place * K * V + inner
             dstate = load_block(dtile, V, K - column, v_column, BK, BV, V).to(tl.float32)
             rows = column + tl.arange(0, BK)
-            line = v_block * tl.num_programs(2).to(tl.int64) * chunks + chunk_place
+            line = v_block * tl.num_programs(2).to(tl.int64) * part_chunks + chunk_place
             tl.store(crossed + line * K + rows, tl.sum(state * dstate, axis=1), mask=rows < K)
         if OUTPUT:
             tokens = tl.arange(0, C)
@@ -106,7 +114,7 @@ def walk_kernel(
             tl.store(decays + place * G + gates, decay, mask=gates < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
     states, decays, until, end, total, scale, stretches,
     K: tl.constexpr, V: tl.constexpr, G: tl.constexpr,

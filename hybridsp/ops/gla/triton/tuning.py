@@ -18,6 +18,11 @@ from typing import Literal
 import torch
 
 Kernel = Literal["prepare", "states", "scan", "output", "gradient"]
+# Found by compiling for sm_80 and sm_90: (K up to, bytes); see tests/test_triton_launches.py.
+SHARED_BYTES = {
+    torch.bfloat16: ((64, 73_728), (128, 147_456), (256, 196_608)),
+    torch.float32: ((64, 114_688), (128, 122_880), (256, 184_320)),
+}
 # Chips with another's multiprocessors, not tuned apart so far.
 ALIKE = {"nvidia-h200": "nvidia-h100"}
 KERNELS: tuple[Kernel, ...] = ("prepare", "states", "scan", "output", "gradient")
@@ -66,7 +71,7 @@ def entry_name(
 
 
 def rule_of_thumb(kernel: Kernel, key_dim: int, value_dim: int, dtype: torch.dtype) -> Launch:
-    """A launch that fits every chip from Ampere on, found by none but sound for any shape."""
+    """A launch for any shape and chip; `shared_bytes` is what the widest of them takes."""
     rows, columns = power_of_two(key_dim), power_of_two(value_dim)
     wide = dtype == torch.float32  # operands of twice the size: half the block
     if kernel == "scan":
@@ -82,6 +87,21 @@ def rule_of_thumb(kernel: Kernel, key_dim: int, value_dim: int, dtype: torch.dty
         return Launch(BK=rows, BV=width, num_warps=8, num_stages=2)
     width = min(columns, 32 if wide else 64)
     return Launch(BK=min(rows, 32), BV=width, num_warps=4, num_stages=2)
+
+
+def shared_bytes(key_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """Shared memory that the widest kernel needs, by its rule of thumb ("output", in reverse).
+
+    Args:
+        key_dim: K of a head.
+        dtype: of q, k and v.
+        capability: of the chip; (9, 0) is Hopper.
+    """
+    asynchronous = capability[0] in (9, 10)  # the pipeline's buffers hold operands of wgmma
+    if dtype == torch.bfloat16 and not asynchronous:
+        return 90_112
+    needs = SHARED_BYTES[dtype]
+    return next(needed for rows, needed in needs if key_dim <= rows)
 
 
 def name_of(chip: str) -> str:
