@@ -1,6 +1,7 @@
 """Ops of one device against their oracles and plain PyTorch: outputs and every gradient.
 
-Gated linear attention has a file of its own, test_gla.py.
+Gated linear attention and block attention have files of their own, test_gla.py and
+test_softmax.py.
 """
 
 import itertools
@@ -11,13 +12,11 @@ from exact import compare
 from torch.nn import functional as F
 
 from hybridsp.ops import SHORT_CONVOLUTION_FUNCTIONS
-from hybridsp.ops import softmax as softmax_module
 from hybridsp.ops.conv import causal_conv, document_offsets
 from hybridsp.ops.gla import segment_ids
 from hybridsp.ops.interfaces import require_one_packed_row
 from hybridsp.ops.merge import merge_attention
-from hybridsp.ops.reference import naive_attention, naive_causal_conv
-from hybridsp.ops.softmax import block_attention, block_attention_backward
+from hybridsp.ops.reference import naive_causal_conv
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -111,71 +110,7 @@ def test_boundaries_that_do_not_describe_the_sequence_are_refused():
         require_one_packed_row(torch.zeros(2, 4, 2), torch.tensor([0, 8]))
 
 
-# --- block attention and merge ---
-
-
-def attention_inputs(queries, keys, heads=(6, 2)):
-    q = torch.randn(2, queries, heads[0], 5)
-    return q, torch.randn(2, keys, heads[1], 5), torch.randn(2, keys, heads[1], 3)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(softmax_module, "QUERY_TILE", 4)
-
-
-LENGTHS = [(n, n, True) for n in (1, 3, 4, 5, 9)] + [(1, 7, False), (9, 4, False), (4, 9, False)]
-
-
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("heads", [(6, 2), (4, 1), (3, 3)])
-@pytest.mark.parametrize(("queries", "keys", "causal"), LENGTHS)
-def test_block_attention(queries, keys, causal, heads):
-    q, k, v = inputs = attention_inputs(queries, keys, heads)
-    out, lse = block_attention(q, k, v, scale=0.7, causal=causal)
-    wide = [x.double().transpose(1, 2).requires_grad_() for x in inputs]
-    right = F.scaled_dot_product_attention(*wide, scale=0.7, is_causal=causal, enable_gqa=True)
-    torch.testing.assert_close(out.double(), right.transpose(1, 2), **CLOSE)
-    cloned = k.repeat_interleave(heads[0] // heads[1], dim=2)
-    scores = 0.7 * torch.einsum("bihd,bjhd->bihj", q, cloned)
-    if causal:
-        scores += torch.full((queries, keys), float("-inf")).triu(1)[:, None]
-    torch.testing.assert_close(lse, scores.logsumexp(dim=-1), **CLOSE)
-    dout = torch.randn_like(out)
-    grads = block_attention_backward(dout, q, k, v, out, lse, scale=0.7, causal=causal)
-    right_grads = torch.autograd.grad(right, wide, dout.double().transpose(1, 2))
-    for grad, right_grad in zip(grads, right_grads, strict=True):
-        torch.testing.assert_close(grad.double(), right_grad.transpose(1, 2), **CLOSE)
-
-
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_blocks_equal_one_attention_and_so_do_their_gradients(dtype):
-    """Queries 6..13 see keys 0..5 wholly and their own causally, as in one step of a ring."""
-    q, k, v = (x.to(dtype) for x in attention_inputs(14, 14))
-    q = q[:, 6:]
-    blocks = [(slice(0, 2), False), (slice(2, 6), False), (slice(6, 14), True)]
-    out, lse = torch.zeros(2, 8, 6, 3), torch.full((2, 8, 6), float("-inf"))
-    for keys, causal in blocks:
-        block = block_attention(q, k[:, keys], v[:, keys], scale=0.7, causal=causal)
-        out, lse = merge_attention(out, lse, *block)
-
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    padded = F.pad(exact[0], (0, 0, 0, 0, 6, 0))
-    right = naive_attention(padded, *exact[1:], scale=0.7)[:, 6:]
-    torch.testing.assert_close(out.double(), right, **CLOSE)
-    dout = torch.randn(out.shape).to(dtype)
-    dq, dk, dv = torch.zeros(q.shape), torch.zeros(k.shape), torch.zeros(v.shape)
-    for keys, causal in blocks:
-        arguments = (dout, q, k[:, keys], v[:, keys], out, lse)
-        grads = block_attention_backward(*arguments, scale=0.7, causal=causal)
-        assert {grad.dtype for grad in grads} == {torch.float32}
-        dq += grads[0]
-        dk[:, keys] += grads[1]
-        dv[:, keys] += grads[2]
-    right_grads = torch.autograd.grad(right, exact, dout.double())
-    for grad, right_grad in zip((dq, dk, dv), right_grads, strict=True):
-        torch.testing.assert_close(grad.double(), right_grad, **CLOSE)
+# --- merge ---
 
 
 def test_merge_of_rows_that_saw_no_key():

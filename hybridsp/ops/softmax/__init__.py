@@ -1,0 +1,22 @@
+"""Block attention: softmax attention of some queries over some keys, and its gradients.
+
+contract    what a backend does: (out, lse) forward, gradients from the merged ones backward
+plain       PyTorch, any device
+torch_ops   cuDNN and FlashAttention-2 through PyTorch's own operators
+flash_attn  FlashAttention-2, -3 and -4 from their packages
+trial       whether a backend is right on this machine
+choose      which one is used
+"""
+
+from hybridsp.ops.softmax.choose import choose_backend, why_not
+from hybridsp.ops.softmax.contract import BACKENDS, Backend
+from hybridsp.ops.softmax.plain import block_attention, block_attention_backward
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "block_attention",
+    "block_attention_backward",
+    "choose_backend",
+    "why_not",
+]

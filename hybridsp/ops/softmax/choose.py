@@ -1,0 +1,116 @@
+"""Which backend computes block attention: the fastest that is there and right.
+
+Softmax attention is most of a long-context step, and on one chip the kernels differ by 1.7x: on an
+H200 cuDNN runs at 590 TFLOP/s forward, PyTorch's own FlashAttention-2 at 330. So each generation of
+chips has its order, and the first backend that can do the tensors and passes its trial is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hybridsp.ops.softmax.contract import (
+    BACKENDS,
+    Backend,
+    capability,
+    check_window,
+)
+from hybridsp.ops.softmax.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
+from hybridsp.ops.softmax.plain import BACKEND as PLAIN
+from hybridsp.ops.softmax.torch_ops import CUDNN, FLASH
+from hybridsp.ops.softmax.trial import kind_of, why_it_fails
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4)
+_BY_NAME = {x.name: x for x in (PLAIN, CUDNN, FLASH, *(p.as_backend() for p in _PACKAGES))}
+
+_AMPERE_ADA = ("flash_attn_2", "flash", "cudnn")
+_HOPPER = ("flash_attn_3", "cudnn", "flash_attn_2", "flash")
+_BLACKWELL = ("flash_attn_4", "cudnn", "flash_attn_2", "flash")
+
+
+def choose_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    name: str | None = None,
+    lengths_vary: bool = False,
+) -> Backend:
+    """The backend for blocks of such tensors, of whatever lengths.
+
+    Args:
+        q: [B, Lq, Hq, D]; of all three only heads, dims, dtypes and devices matter.
+        k: [B, Lk, Hkv, D].
+        v: [B, Lk, Hkv, Dv].
+        window: how many keys a query sees, itself included; None for all, also where a window
+            would hide nothing, because not every backend has windows.
+        name: one of BACKENDS, or None for the fastest. On the CPU and in fp32 that is "plain".
+        lengths_vary: the blocks' lengths will not recur, as with packed documents. Then cuDNN,
+            which takes up to a second for every new length, is used only if asked for by name.
+
+    Returns:
+        The backend. What was chosen, and why not the faster ones, is logged once.
+
+    Raises:
+        ValueError: a window below 1, an unknown name, or a backend asked for by name that cannot
+            do these tensors.
+    """
+    check_window(window)
+    if name is not None:
+        return _named(q, k, v, window, name)
+    if q.device.type != "cuda":
+        return PLAIN
+    reasons: list[str] = []
+    reason: str | None
+    for candidate in _fastest_first(q.device):
+        if lengths_vary and candidate == "cudnn":
+            reason = "it plans every new length anew, and these lengths vary"
+        else:
+            reason = why_not(candidate, q, k, v, window)
+        if reason is None:
+            _log_choice(candidate, "; ".join(reasons))
+            return _BY_NAME[candidate]
+        reasons.append(f"{candidate}: {reason}")
+    _log_choice("plain", "; ".join(reasons))
+    return PLAIN
+
+
+def why_not(name: str, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> str | None:
+    """Why a backend cannot do these tensors, None if it has shown that it can."""
+    backend = _BY_NAME[name]
+    reason = backend.why_not(q, k, v, window)
+    if reason is None and backend is not PLAIN:
+        reason = why_it_fails(backend, kind_of(q, k, v, window))
+    return reason
+
+
+def _named(q: Tensor, k: Tensor, v: Tensor, window: int | None, name: str) -> Backend:
+    if name not in _BY_NAME:
+        raise ValueError(f"backend = {name!r} is unknown; use one of {BACKENDS}, or None")
+    reason = why_not(name, q, k, v, window)
+    if reason is not None:
+        raise ValueError(f"backend = {name!r} cannot do this: {reason}; use backend = None")
+    return _BY_NAME[name]
+
+
+def _fastest_first(device: torch.device) -> tuple[str, ...]:
+    major = capability(device)[0]
+    if major < 8:
+        return ()
+    return {8: _AMPERE_ADA, 9: _HOPPER}.get(major, _BLACKWELL)
+
+
+@cache
+def _log_choice(name: str, reasons: str) -> None:
+    """Once per choice and reasons, not once per layer and step."""
+    level = logging.WARNING if name == "plain" else logging.INFO
+    slow = ", which is slow on a GPU" if name == "plain" else ""
+    not_faster = f" (not faster because of {reasons})" if reasons else ""
+    logger.log(level, "softmax attention runs on %s%s%s", name, slow, not_faster)
