@@ -1,10 +1,14 @@
 """Who owns which token and which head. Pure: numbers in, numbers out, no communication.
 
-Outside softmax attention rank p owns the contiguous tokens [pL, (p+1)L). Inside it the sequence is
-cut in 2R half-chunks for a ring of R, and ring rank r owns half-chunks r and 2R-1-r ("zigzag"):
-early tokens see few keys and late ones many, so each pair costs the same. A half-chunk is an
-interval of global positions; which rank sends what to whom is a matter of intersecting intervals,
-and no length has to divide anything.
+Outside softmax attention rank p owns the contiguous tokens [pL, (p+1)L). Inside it each *document*
+is cut in 2R pieces for a ring of R, and ring rank r owns pieces r and 2R-1-r ("zigzag"): early
+tokens see few keys and late ones many, so each pair costs the same. (Cutting the sequence rather
+than its documents balances one document only: of 50 skewed ones a rank can get four times its
+share.) Short documents are not cut but dealt out whole, so their keys need not travel.
+
+A rank's tokens lie in the order of their positions, so what it holds of a document is one slice of
+its tensors, whichever pieces that is. Pieces are intervals of global positions; which rank sends
+what to whom is a matter of intersecting intervals, and no length has to divide anything.
 
 Heads are cut over the Ulysses ranks by whole KV groups where there are enough KV heads, unevenly
 if need be (9 query and 3 KV heads over 2 ranks: 6 + 3 and 2 + 1); where there are fewer, a KV head
@@ -13,7 +17,9 @@ goes to every rank that has queries for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -29,12 +35,57 @@ def even_cuts(total: int, parts: int) -> list[Span]:
     return [(edges[part], edges[part + 1]) for part in range(parts)]
 
 
-def zigzag_spans(total: int, ring: int) -> list[tuple[Span, ...]]:
-    """The two half-chunks of each ring rank, r and 2R-1-r of 2R; a ring of one has no halves."""
+# A document stays whole if it has at most these parts of a rank's fair share of the tokens and of
+# the query-key pairs. With 50 documents of lognormal lengths in rings of 2 to 8 the busiest rank
+# then has 3% more than the mean to compute and 6% more tokens at worst.
+WHOLE_TOKENS = 0.1
+WHOLE_WORK = 0.05
+
+
+def ring_spans(bounds: Sequence[int], ring: int) -> list[tuple[Span, ...]]:
+    """The tokens that each ring rank computes in softmax attention.
+
+    Args:
+        bounds: document boundaries, rising from 0 to the sequence's length.
+        ring: ring degree R.
+
+    Returns:
+        Per ring rank, rising spans that do not touch: zigzag pieces of the long documents, and
+        short documents whole.
+    """
     if ring == 1:
-        return [((0, total),)]
-    halves = even_cuts(total, 2 * ring)
-    return [(halves[r], halves[2 * ring - 1 - r]) for r in range(ring)]
+        return [((0, bounds[-1]),)]
+    documents = [(start, stop) for start, stop in pairwise(bounds) if start < stop]
+    work = sum((stop - start) ** 2 for start, stop in documents)
+    spans: list[list[Span]] = [[] for _ in range(ring)]
+    whole = []
+    for start, stop in documents:
+        length = stop - start
+        few_tokens = length * ring <= WHOLE_TOKENS * bounds[-1]
+        if few_tokens and length**2 * ring <= WHOLE_WORK * work:
+            whole.append((start, stop))
+            continue
+        pieces = [(start + a, start + b) for a, b in even_cuts(length, 2 * ring)]
+        for rank in range(ring):
+            spans[rank] += pieces[rank], pieces[-1 - rank]
+    tokens = [sum(stop - start for start, stop in of_rank) for of_rank in spans]
+    # The longest first, each to the rank that has least: what remains uneven is a short document.
+    for start, stop in sorted(whole, key=lambda document: document[0] - document[1]):
+        rank = tokens.index(min(tokens))
+        spans[rank].append((start, stop))
+        tokens[rank] += stop - start
+    return [_joined(of_rank) for of_rank in spans]
+
+
+def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The same tokens as rising spans that do not touch."""
+    joined: list[Span] = []
+    for start, stop in sorted(spans):
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif start < stop:
+            joined.append((start, stop))
+    return tuple(joined)
 
 
 def intersect(a: Span, b: Span) -> Span | None:
@@ -96,7 +147,49 @@ def _replicated_share(heads: range, group: int) -> HeadShare:
     return HeadShare(tuple(heads), tuple(head // group for head in heads))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class RingLayout:
+    """Where the tokens of a packed sequence are computed in a ring; made by `ring_layout`.
+
+    Attributes:
+        bounds: document boundaries of the whole sequence.
+        spans: the tokens of each ring rank.
+        shared: those of them whose keys other ranks need: the documents that are cut.
+    """
+
+    bounds: tuple[int, ...]
+    spans: tuple[tuple[Span, ...], ...]
+    shared: tuple[tuple[Span, ...], ...]
+
+    def shared_rows(self, rank: int) -> list[slice]:
+        """Where the shared tokens lie among the rank's own."""
+        rows, row = [], 0
+        for span in self.spans[rank]:
+            parts = (intersect(span, part) for part in self.shared[rank])
+            rows += [(row + part[0] - span[0], row + part[1] - span[0]) for part in parts if part]
+            row += span[1] - span[0]
+        return [slice(*part) for part in _joined(rows)]
+
+
+@lru_cache(maxsize=16)
+def ring_layout(bounds: tuple[int, ...], ring: int) -> RingLayout:
+    """The `RingLayout` of a sequence with these document boundaries."""
+    spans = tuple(ring_spans(bounds, ring))
+    pieces = [_pieces(of_rank, bounds) for of_rank in spans]
+    ranks = Counter(document for of_rank in pieces for document in of_rank)
+    shared = tuple(
+        _joined(
+            (piece.start, piece.stop)
+            for document, its_pieces in of_rank.items()
+            if ranks[document] > 1
+            for piece in its_pieces
+        )
+        for of_rank in pieces
+    )
+    return RingLayout(bounds=bounds, spans=spans, shared=shared)
+
+
+@dataclass(frozen=True, eq=False)
 class Relayout:
     """The way into softmax attention and back: contiguous tokens, all heads <-> zigzag, some heads.
 
@@ -104,12 +197,14 @@ class Relayout:
         total: tokens of the whole sequence.
         ring, ulysses: degrees; SP rank p is (p // ulysses, p % ulysses).
         shares: heads of each Ulysses rank.
+        layout: tokens of each ring rank.
     """
 
     total: int
     ring: int
     ulysses: int
     shares: tuple[HeadShare, ...]
+    layout: RingLayout
 
     @property
     def sp(self) -> int:
@@ -131,27 +226,44 @@ class Relayout:
         """The heads that SP rank `rank` computes in softmax attention."""
         return self.shares[rank % self.ulysses]
 
-    def halves(self, rank: int) -> tuple[Span, ...]:
-        """The half-chunks that SP rank `rank` computes in softmax attention."""
-        return zigzag_spans(self.total, self.ring)[rank // self.ulysses]
+    def spans(self, rank: int) -> tuple[Span, ...]:
+        """The tokens that SP rank `rank` computes in softmax attention."""
+        return self.layout.spans[rank // self.ulysses]
 
     def sent(self, source: int, target: int) -> list[slice]:
         """The tokens of `source` that `target` computes: rising slices of source's own tokens."""
-        start, _ = mine = self.owned(source)
-        parts = [intersect(mine, half) for half in self.halves(target)]
-        return [slice(part[0] - start, part[1] - start) for part in parts if part is not None]
+        return _sent(self, source, target)
 
     def num_sent(self, source: int, target: int) -> int:
         """How many tokens `sent` names."""
         return sum(part.stop - part.start for part in self.sent(source, target))
 
 
-@lru_cache(maxsize=64)
-def relayout(total: int, ring: int, ulysses: int, num_heads: int, num_kv_heads: int) -> Relayout:
-    """The `Relayout` of a sequence of `total` tokens; errors as in `head_shares`."""
+@lru_cache(maxsize=4096)
+def _sent(relayout: Relayout, source: int, target: int) -> list[slice]:
+    start, _ = mine = relayout.owned(source)
+    parts = [intersect(mine, span) for span in relayout.spans(target)]
+    return [slice(part[0] - start, part[1] - start) for part in parts if part is not None]
+
+
+@lru_cache(maxsize=16)
+def relayout(
+    total: int,
+    ring: int,
+    ulysses: int,
+    num_heads: int,
+    num_kv_heads: int,
+    bounds: tuple[int, ...] | None = None,
+) -> Relayout:
+    """The `Relayout` of `total` tokens, one document or `bounds`; errors as in `head_shares`."""
     assert total % (ring * ulysses) == 0, "shard_batch pads to a multiple of the SP degree"
-    shares = tuple(head_shares(num_heads, num_kv_heads, ulysses))
-    return Relayout(total=total, ring=ring, ulysses=ulysses, shares=shares)
+    return Relayout(
+        total=total,
+        ring=ring,
+        ulysses=ulysses,
+        shares=tuple(head_shares(num_heads, num_kv_heads, ulysses)),
+        layout=ring_layout(bounds or (0, total), ring),
+    )
 
 
 @dataclass(frozen=True)
@@ -167,54 +279,93 @@ class Block:
     k: slice
     causal: bool
 
+    @property
+    def area(self) -> int:
+        """Pairs of a query and a key that it sees: what the block costs."""
+        queries, keys = self.q.stop - self.q.start, self.k.stop - self.k.start
+        return queries * (queries + 1) // 2 if self.causal else queries * keys
+
 
 def attention_blocks(
-    q_halves: Sequence[Span], k_halves: Sequence[Span], bounds: Sequence[int], *, causal: bool
+    q_spans: Sequence[Span], k_spans: Sequence[Span], bounds: Sequence[int], *, causal: bool
 ) -> list[Block]:
-    """What must be computed of attention between two ranks' half-chunks.
+    """What must be computed of attention between two sets of tokens.
 
-    A token sees its own document, up to itself if causal. Two different half-chunks have at most
-    one document in common, the one that spans everything between them, so packing needs no masks:
-    a document inside one half-chunk is a causal block, and what a document has in an earlier
-    half-chunk is a full rectangle. Empty work is never listed.
+    A token sees its own document, up to itself if causal. Of one rank's own tokens each document
+    is one block: its pieces lie side by side and in order, so the causal mask is the usual one.
+    Pieces of different ranks do not overlap, so a piece of queries sees whole pieces of keys, those
+    before it, and these too lie side by side: rectangles, and no mask. Empty work is never listed.
 
     Args:
-        q_halves, k_halves: half-chunks of the rank that has the queries and of the one that has
-            the keys, in the order in which their tokens lie in the local tensors.
+        q_spans, k_spans: rising spans of the tokens in the local query and key tensors: the same,
+            or without a common token.
         bounds: document boundaries of the whole sequence, rising from 0 to its length.
         causal: a token does not see what comes after it.
 
     Returns:
-        The blocks; each query row's blocks cover exactly the keys that it sees.
+        The blocks; each query row's blocks cover exactly the keys that it sees. Where the spans are
+        the same the blocks cover every row once.
     """
-    blocks = []
-    q_offset = 0
-    for q_half in q_halves:
-        k_offset = 0
-        for k_half in k_halves:
-            blocks += _half_blocks(q_half, q_offset, k_half, k_offset, bounds, causal)
-            k_offset += k_half[1] - k_half[0]
-        q_offset += q_half[1] - q_half[0]
-    return blocks
+    queries = _pieces(q_spans, bounds)
+    if q_spans == k_spans:
+        whole = [slice(pieces[0].row, pieces[-1].end) for pieces in queries.values()]
+        return [Block(q=rows, k=rows, causal=causal) for rows in whole]
+    keys = _pieces(k_spans, bounds)
+    return [
+        block
+        for document, pieces in queries.items()
+        if document in keys
+        for block in _rectangles(pieces, keys[document], causal)
+    ]
 
 
-def _half_blocks(
-    q_half: Span, q_offset: int, k_half: Span, k_offset: int, bounds: Sequence[int], causal: bool
-) -> list[Block]:
-    def rows(span: Span, half: Span, offset: int) -> slice:
-        return slice(span[0] - half[0] + offset, span[1] - half[0] + offset)
-
-    if causal and k_half[0] > q_half[0]:
-        return []
-    blocks = []
-    for document in pairwise(bounds):
-        queries, keys = intersect(document, q_half), intersect(document, k_half)
-        if queries is None or keys is None:
-            continue
-        block = Block(
-            q=rows(queries, q_half, q_offset),
-            k=rows(keys, k_half, k_offset),
-            causal=causal and q_half == k_half,
+def attention_areas(layout: RingLayout, *, causal: bool) -> list[int]:
+    """The query-key pairs that each ring rank computes: how even the work is."""
+    return [
+        sum(
+            block.area
+            for theirs in layout.spans
+            for block in attention_blocks(mine, theirs, layout.bounds, causal=causal)
         )
-        blocks.append(block)
+        for mine in layout.spans
+    ]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens [start, stop) of one document, in a local tensor from row `row` on."""
+
+    start: int
+    stop: int
+    row: int
+
+    @property
+    def end(self) -> int:
+        return self.row + self.stop - self.start
+
+
+def _pieces(spans: Sequence[Span], bounds: Sequence[int]) -> dict[int, list[_Piece]]:
+    """Cut rising spans at the documents' boundaries; by document, in order."""
+    pieces: dict[int, list[_Piece]] = {}
+    row = 0
+    for start, stop in spans:
+        while start < stop:
+            document = bisect_right(bounds, start) - 1
+            cut = min(stop, bounds[document + 1])
+            pieces.setdefault(document, []).append(_Piece(start, cut, row))
+            row, start = row + cut - start, cut
+    return pieces
+
+
+def _rectangles(queries: list[_Piece], keys: list[_Piece], causal: bool) -> list[Block]:
+    """One document: queries against other ranks' keys. Pieces that see the same are one block."""
+    blocks: list[Block] = []
+    for piece in queries:
+        seen = [key for key in keys if key.start < piece.start or not causal]
+        if not seen:
+            continue
+        rows, columns = slice(piece.row, piece.end), slice(keys[0].row, seen[-1].end)
+        if blocks and blocks[-1].k == columns:
+            rows = slice(blocks.pop().q.start, piece.end)
+        blocks.append(Block(q=rows, k=columns, causal=False))
     return blocks

@@ -42,7 +42,7 @@ def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
             f"{', '.join(kinds) or 'not found'}) is not supported; supported are "
             f"{', '.join(sorted(ADAPTERS))}. Convert a softmax checkpoint with `hybridsp convert`"
         )
-    problems = adapter.problems(model) + _unknown_mixers(adapter, layers)
+    problems = adapter.problems(model, mesh) + _unknown_mixers(adapter, layers)
     if problems:
         raise ValueError("this model cannot be parallelized:\n  " + "\n  ".join(problems))
     head_shares(model.config.num_attention_heads, model.config.num_key_value_heads, mesh.ulysses)

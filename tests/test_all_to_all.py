@@ -56,7 +56,7 @@ def whole_inputs(total, heads):
 
 def promised(whole, route, rank):
     """This rank's half-chunks and heads of the whole q, k, v."""
-    tokens = [t for start, stop in route.halves(rank) for t in range(start, stop)]
+    tokens = [t for start, stop in route.spans(rank) for t in range(start, stop)]
     share = route.share(rank)
     chosen = zip(whole, (share.q, share.kv, share.kv), strict=True)
     return [x[:, tokens][:, :, list(heads)] for x, heads in chosen]

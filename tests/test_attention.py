@@ -1,12 +1,14 @@
 """The convolution and softmax attention over the mesh; linear attention has a file of its own."""
 
+import functools
 import itertools
+import random
 
 import pytest
 import torch
 from cases import case
 from distributed import run_ranks
-from sp_cases import DOCUMENTS, TOTAL, WORLDS, Case, check, check_bf16
+from sp_cases import DOCUMENTS, TOTAL, WORLDS, Case, check, check_bf16, in_bf16
 
 from hybridsp.attention import short_convolution, softmax_attention
 from hybridsp.mesh import SPMesh
@@ -52,26 +54,96 @@ def right_attention(one):
     return lambda *x: naive_attention(*x, scale=6**-0.5, causal=causal, cu_seqlens=one.bounds)
 
 
+def right_windowed_attention(one):
+    """A query sees the keys of its own document from window - 1 tokens before it."""
+    position = torch.arange(TOTAL)
+    document = torch.bucketize(position, torch.tensor(one.bounds or [0, TOTAL])[1:], right=True)
+    age = position[:, None] - position
+    seen = (age >= 0) & (age < one.options["window"]) & (document[:, None] == document)
+
+    def attend(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * 6**-0.5
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+    return attend
+
+
 def splits(ranks):
     return [(ranks // u, u) for u in range(1, ranks + 1) if ranks % u == 0]
 
 
+def skewed(total, documents):
+    """Boundaries of documents of lognormal lengths, some of them empty."""
+    drawn = random.Random(documents)
+    lengths = [drawn.lognormvariate(0, 1.5) for _ in range(documents)]
+    edges = itertools.accumulate(lengths, initial=0.0)
+    return [round(total * edge / sum(lengths)) for edge in edges]
+
+
+VARIANTS = ("ring", "allgather")
+HEADS = [(9, 3), (32, 8), (8, 1), (6, 6)]
+
+
 @pytest.mark.parametrize(("backend", "ranks"), WORLDS)
 def test_softmax_attention(backend, ranks, subtests):
-    heads = [(9, 3), (8, 1), (4, 4)]
+    """Every split, in both variants where there is a ring to go around."""
     cases = {
-        f"ring {ring}, ulysses {ulysses}, heads {q_kv}, documents {name}": Case(
+        f"ring {ring}, ulysses {ulysses}, heads {q_kv}, documents {name}, {variant}": Case(
             softmax_attention,
             attention_inputs(2 if bounds is None else 1, TOTAL, q_kv),
             ring=ring,
             ulysses=ulysses,
             bounds=bounds,
+            options={"variant": variant},
         )
-        for (ring, ulysses), q_kv in itertools.product(splits(ranks), heads)
+        for (ring, ulysses), q_kv in itertools.product(splits(ranks), HEADS)
         for name, bounds in DOCUMENTS.items()
-        if ulysses <= q_kv[0]
+        for variant in (VARIANTS if ring > 1 else ["auto"])
+        # The variants differ in tokens, not in heads: the gather need not see all of them.
+        if ulysses <= q_kv[0] and (variant != "allgather" or q_kv in HEADS[:1])
     }
     check(ranks, cases, right_attention, subtests, backend)
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_softmax_attention_of_skewed_documents(ranks, subtests):
+    """Some are cut over the ring, some whole on a rank; of 200 equal ones none is cut."""
+    total = 400
+    cases = {
+        f"ring {ring}, ulysses {ulysses}, {name} documents, {variant}": Case(
+            softmax_attention,
+            attention_inputs(1, total, (8, 2)),
+            ring=ring,
+            ulysses=ulysses,
+            bounds=bounds,
+            options={"variant": variant},
+        )
+        for ring, ulysses in splits(ranks)
+        for name, bounds in {
+            **{documents: skewed(total, documents) for documents in (1, 5, 20, 50)},
+            "200 equal": list(range(0, total + 1, 2)),
+        }.items()
+        for variant in (VARIANTS if ring > 1 else ["auto"])
+    }
+    check(ranks, cases, right_attention, subtests)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_softmax_attention_in_a_window(ranks, subtests):
+    cases = {
+        f"window {window}, documents {name}": Case(
+            softmax_attention,
+            attention_inputs(2 if bounds is None else 1, TOTAL, (8, 2)),
+            ulysses=ranks,
+            bounds=bounds,
+            options={"window": window},
+        )
+        for window in (1, 5, 1000)
+        for name, bounds in DOCUMENTS.items()
+    }
+    check(ranks, cases, right_windowed_attention, subtests)
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
@@ -92,13 +164,13 @@ def test_softmax_attention_of_lengths_that_no_half_chunk_divides(ranks, subtests
 
 def test_softmax_attention_without_causality(subtests):
     cases = {
-        f"ring {ring}, ulysses {ulysses}, documents {name}": Case(
+        f"ring {ring}, ulysses {ulysses}, documents {name}, {variant}": Case(
             softmax_attention,
             attention_inputs(4 if bounds is None else 1, TOTAL, (4, 2)),
             ring=ring,
             ulysses=ulysses,
             bounds=bounds,
-            options={"causal": False},
+            options={"causal": False, "variant": variant},
         )
         for ring, ulysses, name, bounds in [
             (2, 1, "one", None),  # two data-parallel rows
@@ -106,6 +178,7 @@ def test_softmax_attention_without_causality(subtests):
             (4, 1, "cut", DOCUMENTS["cut"]),
             (2, 2, "spanning", DOCUMENTS["spanning"]),
         ]
+        for variant in VARIANTS
     }
     check(4, cases, right_attention, subtests)
 
@@ -113,6 +186,24 @@ def test_softmax_attention_without_causality(subtests):
 def test_bf16_is_as_exact_on_four_ranks_as_on_one(subtests):
     inputs = [x.bfloat16() for x in attention_inputs(1, TOTAL, (8, 2))]
     check_bf16(softmax_attention, inputs, right_attention(Case(softmax_attention, ())), subtests)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_error_does_not_grow_with_the_ring(variant, subtests):
+    """A ring of 8 rounds as often as a ring of one: what crosses ranks is fp32."""
+    inputs = [x.bfloat16() for x in attention_inputs(1, 8 * TOTAL, (8, 2))]
+    exact = [x.double().requires_grad_() for x in inputs]
+    out = right_attention(Case(softmax_attention, ()))(*exact)
+    dout = torch.randn(out.shape).bfloat16()
+    right = [out, *torch.autograd.grad(out, exact, dout.double())]
+    rings = [1, 2, 4, 8]
+    attention = functools.partial(softmax_attention, variant=variant)
+    results = run_ranks(in_bf16, 8, attention, inputs, dout, [(r, 1) for r in rings[1:]])
+    for i, name in enumerate(["out", "dq", "dk", "dv"]):
+        parts = [[results[p][n][i] for p in range(ring)] for n, ring in enumerate(rings)]
+        errors = [(torch.cat(of_ring, dim=1).double() - right[i]).norm() for of_ring in parts]
+        with subtests.test(name):
+            assert 0 < max(errors) <= 1.02 * errors[0], errors
 
 
 def misfits():
@@ -125,6 +216,19 @@ def misfits():
         "from 0 to the sequence's 16": lambda: softmax_attention(
             q, k, v, mesh=mesh, cu_seqlens=torch.tensor([0, 8])
         ),
+        r"variant = 'star' is unknown; use one of \('auto', 'ring'": lambda: softmax_attention(
+            q, k, v, mesh=mesh, variant="star"
+        ),
+        "window = 4 with ring = 2: .* raise ulysses to 2": lambda: softmax_attention(
+            q, k, v, mesh=mesh, window=4
+        ),
+        "window = 0 with causal = True: a window is at least 1": lambda: softmax_attention(
+            q, k, v, mesh=mesh, window=0
+        ),
+        "window = 4 with causal = False: .* needs causal": lambda: softmax_attention(
+            q, k, v, mesh=mesh, window=4, causal=False
+        ),
+        "cudnn": lambda: softmax_attention(q, k, v, mesh=mesh, backend="cudnn"),
         "must rise from 0 to the sequence's 16 tokens": lambda: short_convolution(
             q[:, :, 0], torch.ones(6, 4), mesh=mesh, cu_seqlens=torch.tensor([0, 8])
         ),

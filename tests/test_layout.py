@@ -1,5 +1,6 @@
 """Layout by brute force: every small sequence, ring and set of documents."""
 
+import bisect
 import itertools
 import random
 from collections import Counter
@@ -7,12 +8,14 @@ from collections import Counter
 import pytest
 
 from hybridsp.layout import (
+    attention_areas,
     attention_blocks,
     even_cuts,
     head_shares,
     intersect,
     relayout,
-    zigzag_spans,
+    ring_layout,
+    ring_spans,
 )
 
 
@@ -37,19 +40,76 @@ def test_intersect():
         assert (list(range(*part)) if part else []) == common
 
 
-def test_zigzag_spans_partition_the_tokens():
+def drawn_bounds(total):
+    """Documents of any length, empty ones among them."""
+    return [0, *sorted(random.choices(range(total + 1), k=random.randint(0, 8))), total]
+
+
+def skewed_bounds(seed, sigma, total=2**20, documents=50):
+    """Documents of lognormal lengths."""
+    drawn = random.Random(seed)
+    lengths = [drawn.lognormvariate(0, sigma) for _ in range(documents)]
+    edges = itertools.accumulate(lengths, initial=0.0)
+    return tuple(round(total * edge / sum(lengths)) for edge in edges)
+
+
+def test_ring_spans_partition_the_tokens():
     for total, ring in itertools.product(range(25), range(1, 7)):
-        spans = zigzag_spans(total, ring)
-        assert len(spans) == ring
-        assert sorted(tokens(itertools.chain(*spans))) == list(range(total))
-        for halves in spans:
-            assert tokens(halves) == sorted(tokens(halves)), "the early half-chunk comes first"
+        for bounds in ([0, total], drawn_bounds(total)):
+            spans = ring_spans(bounds, ring)
+            assert len(spans) == ring
+            assert sorted(tokens(itertools.chain(*spans))) == list(range(total))
+            for of_rank in spans:
+                assert tokens(of_rank) == sorted(tokens(of_rank)), "tokens lie in order"
 
 
-def test_zigzag_gives_every_rank_the_same_work():
-    for ring in range(2, 7):
-        pairs = [sum(t + 1 for t in tokens(halves)) for halves in zigzag_spans(4 * ring, ring)]
-        assert len(set(pairs)) == 1
+def test_one_document_is_cut_in_zigzag():
+    assert ring_spans([0, 8], 2) == [((0, 2), (6, 8)), ((2, 6),)]
+    assert ring_spans([0, 13], 3) == [((0, 3), (11, 13)), ((3, 5), (9, 11)), ((5, 9),)]
+
+
+def test_short_documents_stay_whole_and_are_not_shared():
+    layout = ring_layout((0, 1000, 1010, 1030, 1060), 2)
+    assert layout.spans == (((0, 250), (750, 1000), (1030, 1060)), ((250, 750), (1000, 1030)))
+    assert layout.shared == (((0, 250), (750, 1000)), ((250, 750),))
+    assert layout.shared_rows(0) == [slice(0, 500)]
+    layout = ring_layout((0, 10, 1010), 2)
+    assert layout.spans[0] == ((0, 260), (760, 1010))
+    assert layout.shared_rows(0) == [slice(10, 510)]
+    layout = ring_layout(tuple(range(101)), 2)
+    assert layout.shared == ((), ())
+    assert layout.shared_rows(0) == []
+
+
+def areas_by_brute_force(layout):
+    return [
+        sum(t + 1 - max(b for b in layout.bounds if b <= t) for t in tokens(spans))
+        for spans in layout.spans
+    ]
+
+
+def test_areas_are_what_the_queries_see():
+    for _ in range(30):
+        layout = ring_layout(tuple(drawn_bounds(random.randint(1, 60))), random.randint(1, 5))
+        assert attention_areas(layout, causal=True) == areas_by_brute_force(layout)
+
+
+@pytest.mark.parametrize("ring", [2, 4, 8])
+def test_every_rank_has_the_same_work(ring):
+    areas = attention_areas(ring_layout((0, 2**20), ring), causal=True)
+    assert max(areas) < 1.0001 * min(areas)
+
+
+@pytest.mark.parametrize("ring", [2, 4, 8])
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 1.5, 2.0])
+def test_work_and_tokens_of_skewed_documents_are_even(ring, sigma):
+    """Zigzag over the whole sequence gives a rank up to four times its share of this work."""
+    for seed in range(10):
+        layout = ring_layout(skewed_bounds(seed, sigma), ring)
+        areas = attention_areas(layout, causal=True)
+        lengths = [sum(stop - start for start, stop in spans) for spans in layout.spans]
+        for shares, most in (areas, 1.05), (lengths, 1.05):
+            assert max(shares) * ring < most * sum(shares), (seed, shares)
 
 
 def seen_pairs(bounds, causal):
@@ -63,21 +123,35 @@ def seen_pairs(bounds, causal):
 
 def covered_pairs(total, ring, bounds, causal):
     """Count the (query, key) pairs of all blocks, local rows turned back to tokens."""
-    halves = zigzag_spans(total, ring)
+    layout = ring_layout(tuple(bounds), ring)
     pairs = Counter()
     for queries, keys in itertools.product(range(ring), repeat=2):
-        q_tokens, k_tokens = tokens(halves[queries]), tokens(halves[keys])
-        for block in attention_blocks(halves[queries], halves[keys], bounds, causal=causal):
-            rows, columns = q_tokens[block.q], k_tokens[block.k]
-            assert rows, "empty work is never listed"
-            assert columns, "empty work is never listed"
-            assert block.q.stop <= len(q_tokens)
-            assert block.k.stop <= len(k_tokens)
-            for (i, query), (j, key) in itertools.product(enumerate(rows), enumerate(columns)):
-                if not block.causal or j <= i:
-                    pairs[query, key] += 1
-            if block.causal:
-                assert rows == columns, "a causal block lies on the diagonal"
+        pairs += pairs_between(layout, layout.spans[queries], layout.spans[keys], causal)
+    return pairs
+
+
+def pairs_between(layout, q_spans, k_spans, causal):
+    pairs = Counter()
+    q_tokens, k_tokens = tokens(q_spans), tokens(k_spans)
+    blocks = attention_blocks(q_spans, k_spans, layout.bounds, causal=causal)
+    for block in blocks:
+        rows, columns = q_tokens[block.q], k_tokens[block.k]
+        assert rows, "empty work is never listed"
+        assert columns, "empty work is never listed"
+        assert block.q.stop <= len(q_tokens)
+        assert block.k.stop <= len(k_tokens)
+        seen = [
+            (query, key)
+            for (i, query), (j, key) in itertools.product(enumerate(rows), enumerate(columns))
+            if not block.causal or j <= i
+        ]
+        assert block.area == len(seen)
+        pairs.update(seen)
+        if block.causal:
+            assert rows == columns, "a causal block lies on the diagonal"
+    documents = {bisect.bisect_right(layout.bounds, t) for t in q_tokens}
+    if q_spans == k_spans:
+        assert len(blocks) == len(documents), "one call per document"
     return pairs
 
 
@@ -95,13 +169,18 @@ def test_blocks_cover_exactly_the_allowed_pairs(causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocks_cover_exactly_the_allowed_pairs_of_longer_sequences(causal):
-    """Drawn documents, empty ones among them, and lengths that no half-chunk divides."""
+    """Drawn documents, empty ones among them, and lengths that nothing divides."""
     for _ in range(60):
-        total, ring = random.randint(10, 30), random.randint(1, 6)
-        inner = random.choices(range(total + 1), k=random.randint(0, 8))
-        bounds = [0, *sorted(inner), total]
+        total, ring = random.randint(10, 80), random.randint(1, 6)
+        bounds = drawn_bounds(total)
         got = covered_pairs(total, ring, bounds, causal)
         assert got == seen_pairs(bounds, causal), (total, ring, bounds)
+
+
+def test_a_step_of_the_ring_is_one_rectangle_per_document():
+    layout = ring_layout((0, 100, 260), 4)
+    for mine, theirs in itertools.permutations(layout.spans, 2):
+        assert len(attention_blocks(mine, theirs, layout.bounds, causal=True)) == 2
 
 
 HEADS = [(9, 3), (32, 8), (8, 1), (6, 6), (8, 2), (12, 4)]
@@ -142,7 +221,9 @@ def test_heads_that_do_not_fit_are_refused():
 
 def test_relayout_sends_each_token_to_whoever_computes_it():
     for length, ring, ulysses in itertools.product(range(1, 6), range(1, 6), range(1, 4)):
-        route = relayout(length * ring * ulysses, ring, ulysses, 6, 3)
+        total = length * ring * ulysses
+        bounds = random.choice([None, tuple(drawn_bounds(total))])
+        route = relayout(total, ring, ulysses, 6, 3, bounds)
         ranks = range(route.sp)
         assert tokens(map(route.owned, ranks)) == list(range(route.total))
         for target in ranks:
@@ -154,5 +235,5 @@ def test_relayout_sends_each_token_to_whoever_computes_it():
                 rows = [start + i for part in parts for i in range(length)[part]]
                 assert len(rows) == route.num_sent(source, target)
                 arrived += rows
-            halves = zigzag_spans(route.total, ring)[target // ulysses]
-            assert arrived == tokens(halves), (length, ring, ulysses, target)
+            spans = ring_spans(route.layout.bounds, ring)[target // ulysses]
+            assert arrived == tokens(spans), (length, ring, ulysses, target)

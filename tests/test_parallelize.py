@@ -1,6 +1,7 @@
 """Parallelizing models from outside: what is refused, what is left alone, and dense models."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -105,19 +106,19 @@ REFUSED = {
     ),
     "a window": (
         lambda: dense_model("mistral", sliding_window=8),
-        {},
-        ["config.sliding_window = 8 in layers all", "set sliding_window to None"],
+        {"ring": 2},
+        ["config.sliding_window = 8 in layers all", "with ring = 2; raise ulysses to 2"],
     ),
     "a window in some layers": (
         lambda: dense_model(
             "qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=1
         ),
-        {},
+        {"ring": 2},
         ["config.sliding_window = 8 in layers [1]"],
     ),
     "everything at once": (
         lambda: dense_model("mistral", sliding_window=8, attention_dropout=0.1),
-        {},
+        {"ring": 2},
         ["config.sliding_window = 8", "config.attention_dropout = 0.1"],
     ),
     "too few heads": (
@@ -228,13 +229,27 @@ BATCHES = {
 }
 
 
+MODELS = {
+    **{family: (family, {}) for family in DENSE},
+    "a window": ("mistral", {"sliding_window": 5}),
+    "a window in one layer": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    ),
+}
+
+
+def models_for(ring):
+    return {name: one for name, one in MODELS.items() if ring == 1 or "window" not in name}
+
+
 def losses_and_gradients(degrees):
-    """Loss and this rank's share of the gradients, for each family, mesh and batch."""
+    """Loss and this rank's share of the gradients, for each model, mesh and batch."""
     results = {}
     for ring, ulysses in degrees:
         mesh = hybridsp.SPMesh(ring=ring, ulysses=ulysses)
-        for family in DENSE:
-            model = dense_model(family)
+        for family, (kind, changes) in models_for(ring).items():
+            model = dense_model(kind, **changes)
             hybridsp.parallelize(model, mesh)
             for name, batch in BATCHES.items():
                 with case((family, ring, ulysses, name)):
@@ -247,13 +262,16 @@ def losses_and_gradients(degrees):
 @pytest.mark.parametrize(("world", "degrees"), [(2, [(2, 1), (1, 2)]), (4, [(2, 2)])])
 def test_dense_models_equal_one_process(world, degrees, subtests):
     results = run_ranks(losses_and_gradients, world, degrees)
-    for family, (batch_name, batch) in [(f, b) for f in DENSE for b in BATCHES.items()]:
-        model = dense_model(family)
+    for family, (batch_name, batch) in itertools.product(MODELS, BATCHES.items()):
+        kind, changes = MODELS[family]
+        model = dense_model(kind, **changes)
         loss_sum, count = reference_loss_sum(model, batch)
         right_loss = loss_sum / max(count, 1)
         right = torch.autograd.grad(right_loss, list(model.parameters()))
         scale = max(1e-5, *(grad.abs().max().item() for grad in right))
         for ring, ulysses in degrees:
+            if family not in models_for(ring):
+                continue
             with subtests.test(f"{family}, ring {ring}, ulysses {ulysses}, {batch_name}"):
                 got = [result[family, ring, ulysses, batch_name] for result in results]
                 for loss, _ in got:

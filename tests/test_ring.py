@@ -1,16 +1,16 @@
-"""RingExchange: messages of any shape go one place to the right, and misuse is caught."""
+"""RingExchange and KVGather: messages of any shape go where they should; misuse is caught."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from hybridsp.collectives import RingExchange
+from hybridsp.collectives import KVGather, RingExchange
 
 
 def message(rank, step):
     """Two tensors whose shapes and values tell which rank sent them, and when."""
-    shapes = (2, rank + 1, 3), (rank, step + 1)
+    shapes = (2, rank + 1, 3), (rank, abs(step) + 1)
     return [torch.full(shape, 10.0 * rank + step) for shape in shapes]
 
 
@@ -29,6 +29,34 @@ def once_around():
             x.fill_(float("nan"))  # the exchange keeps its own copy
         held = exchange.wait()
         torch.testing.assert_close(held, expected, rtol=0, atol=0)
+
+
+def straight_home():
+    """To the rank that a message belongs to, however far, and to oneself."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    exchange = RingExchange(dist.group.WORLD)
+    for shift in range(-size, size + 1):
+        expected = message((rank - shift) % size, shift)
+        exchange.post(message(rank, shift), shapes(expected), shift=shift)
+        assert exchange.in_flight
+        torch.testing.assert_close(exchange.wait(), expected, rtol=0, atol=0)
+        assert not exchange.in_flight
+
+
+def gathered_and_given_back():
+    """What every rank holds, unequal in shape, to all; shares of it back, summed."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    everything = [message(source, 0) for source in range(size)]
+    gather = KVGather(dist.group.WORLD, [shapes(tensors) for tensors in everything])
+    for _ in range(2):
+        mine = message(rank, 0)
+        gather.post(mine)
+        for x in mine:
+            x.fill_(float("nan"))  # the gather keeps its own copy
+        torch.testing.assert_close(gather.wait(), everything, rtol=0, atol=0)
+    shares = [[x + rank for x in tensors] for tensors in everything]
+    expected = [size * x + sum(range(size)) for x in everything[rank]]
+    torch.testing.assert_close(gather.give_back(shares), expected, rtol=0, atol=0)
 
 
 def two_in_flight():
@@ -58,6 +86,8 @@ def strided_and_narrow():
 
 def everything():
     once_around()
+    straight_home()
+    gathered_and_given_back()
     two_in_flight()
     strided_and_narrow()
 
@@ -77,6 +107,13 @@ def misuse():
     exchange.wait()
     with pytest.raises(AssertionError, match="wait called without post"):
         exchange.wait()
+    gather = KVGather(dist.group.WORLD, [[x.shape]] * 2)
+    with pytest.raises(AssertionError, match="wait called without post"):
+        gather.wait()
+    gather.post([x])
+    with pytest.raises(AssertionError, match="post called twice without wait"):
+        gather.post([x])
+    gather.wait()
 
 
 def test_misuse_is_caught():

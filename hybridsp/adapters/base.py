@@ -41,8 +41,8 @@ class Adapter:
     softmax: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
 
-    def problems(self, model: PreTrainedModel) -> list[str]:
-        """What this model asks for that sequence parallelism does not do yet, one line each."""
+    def problems(self, model: PreTrainedModel, mesh: SPMesh) -> list[str]:
+        """What this model asks for that the mesh, or SP at all, does not do, one line each."""
         config, problems = model.config, []
         if getattr(config, "attention_dropout", 0.0):
             problems.append(
@@ -61,10 +61,12 @@ class Adapter:
             if kind == "sliding_attention"
         ]
         window = getattr(config, "sliding_window", None)
-        if windowed or (window is not None and getattr(config, "layer_types", None) is None):
+        everywhere = window is not None and getattr(config, "layer_types", None) is None
+        if mesh.ring > 1 and (windowed or everywhere):
             problems.append(
                 f"config.sliding_window = {window} in layers {windowed or 'all'}: windowed "
-                "attention is not supported; set sliding_window to None to attend to everything"
+                f"attention is not supported with ring = {mesh.ring}; raise ulysses to {mesh.sp}, "
+                "with ring = 1, or set sliding_window to None to attend to everything"
             )
         return problems
 
@@ -100,13 +102,13 @@ def sp_softmax_attention(
     """`softmax_attention` in the form of transformers' AttentionInterface; [B, H, L, D] in.
 
     Raises:
-        ValueError: a mask, a cache, dropout or a window, which sequence parallelism does not do.
+        ValueError: a mask, a cache or dropout, which sequence parallelism does not do, or a window
+            that the mesh does not.
     """
     refused = {
         "attention_mask": attention_mask is not None,
         "past_key_values": past_key_values is not None,
         "dropout": dropout != 0.0,
-        "sliding_window": sliding_window is not None,
     }
     if any(refused.values()):
         names = ", ".join(name for name, present in refused.items() if present)
@@ -121,6 +123,7 @@ def sp_softmax_attention(
         mesh=module.sp_mesh,
         cu_seqlens=cu_seq_lens_q,
         scale=scaling,
+        window=sliding_window,
     )
     return out, None
 
