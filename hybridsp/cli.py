@@ -1,6 +1,7 @@
 """The `hybridsp` command.
 
     hybridsp convert SRC DST --softmax-layers 0.25
+    hybridsp plan MODEL --gpus 8 --gpu h100-80 --seq 1M
     hybridsp bench linear --tokens-per-rank 32K
 
 A subcommand is one function that adds its parser and one that runs it; list the first in
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 BENCHES = {
     "all-scan": ("hybridsp.bench.all_scan", "every All-Scan algorithm against the raw wire"),
     "linear": ("hybridsp.bench.linear", "linear attention: memory floor, FLA, SP methods"),
+    "softmax": ("hybridsp.bench.softmax", "softmax attention: kernels, ring x Ulysses, balance"),
     "tune": ("hybridsp.bench.tune", "find the fastest launches of the kernels on this chip"),
 }
 
@@ -134,7 +136,110 @@ class BenchParser(argparse.ArgumentParser):
         self.exit(2, told if rank_from_environment().rank == 0 else None)
 
 
-SUBCOMMANDS = (add_convert, add_bench)
+def add_plan(subcommands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    """`hybridsp plan`: what a run needs and how fast it is, from the config alone."""
+    parser = subcommands.add_parser(
+        "plan",
+        parents=[common],
+        allow_abbrev=False,
+        help="degrees, ZeRO stage, memory and time of a run, from the model's config alone",
+        description="Say how to train a model at a length on some GPUs: degrees, ZeRO stage, "
+        "offload; the memory and time this is expected to take; the longest length that fits. "
+        "Reads the config only and needs no GPU.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder with config.json, a config.json, or a GGUF file"
+    )
+    parser.add_argument("--gpus", type=_size, required=True, metavar="N", help="in all, 1 to 1024")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help="as h100-80, h200-141")
+    parser.add_argument(
+        "--seq", type=_size, required=True, metavar="T", help="tokens of a sequence, as 1M"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=_size, default=8, metavar="N", help="default %(default)s"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_size,
+        default=1,
+        metavar="N",
+        help="sequences per optimizer step; default %(default)s",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="default %(default)s"
+    )
+    parser.add_argument(
+        "--softmax-layers",
+        metavar="WHICH",
+        help="plan a dense model as the hybrid that `convert` would make, and compare both",
+    )
+    parser.add_argument(
+        "--host-memory", type=_size, default="1T", metavar="BYTES", help="of a host; default 1T"
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        default=400,
+        metavar="GBIT",
+        help="Gb/s of each GPU's network card; default %(default)s",
+    )
+    parser.add_argument(
+        "--assume",
+        default="",
+        metavar="NAMES",
+        help="features that are not built yet, to see what they would bring (the plan lists them)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="write the DeepSpeed configuration and the recipe there"
+    )
+    parser.set_defaults(run=run_plan)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """Run `hybridsp plan`."""
+    from hybridsp.planner import Cluster, Job, Plan, load_shape, make_plan, render, write_files
+
+    cluster = Cluster(
+        gpu=args.gpu,
+        gpus=args.gpus,
+        gpus_per_node=args.gpus_per_node,
+        network=args.network * 1e9 / 8,
+        host_memory=args.host_memory,
+    )
+
+    def plan(softmax_layers: str | None) -> Plan:
+        job = Job(
+            model=load_shape(args.model, softmax_layers),
+            cluster=cluster,
+            length=args.seq,
+            batch=args.batch,
+            dtype=args.dtype,
+            assumed=frozenset(name.strip() for name in args.assume.split(",") if name.strip()),
+        )
+        return make_plan(job)
+
+    chosen = plan(args.softmax_layers)
+    rival: Plan | str | None = None
+    if args.softmax_layers is not None:
+        try:
+            rival = plan(None)
+        except ValueError as error:  # the dense model fits nowhere, which is worth saying
+            rival = str(error)
+    print(render(chosen, rival))
+    if args.out is not None:
+        for file in write_files(chosen, args.out):
+            print(f"written: {file}")
+
+
+def _size(text: str) -> int:
+    """`bench.options.size`, and T besides."""
+    from hybridsp.bench.options import size
+
+    text = text.strip().upper()
+    return 1024 * size(f"{text[:-1]}G") if text.endswith("T") else size(text)
+
+
+SUBCOMMANDS = (add_convert, add_plan, add_bench)
 
 
 def build_parser() -> argparse.ArgumentParser:
