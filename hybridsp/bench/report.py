@@ -118,13 +118,14 @@ def new_figure(panels: int) -> tuple[Figure, list[Any]]:
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def finish_panel(axes: Any, x_label: str, y_label: str) -> None:
+def finish_panel(axes: Any, x_label: str, y_label: str, *, log_y: bool = True) -> None:
     """Logarithmic axes, the lower one in powers of two; the legend below, where it hides nothing.
 
-    Call it when everything is drawn.
+    Call it when everything is drawn. Percentages want `log_y = False`.
     """
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if log_y:
+        axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: human_bytes(value))
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)

@@ -41,13 +41,13 @@ class Overlap:
         return self.hidden_us / self.side_us
 
 
-def record(call: Callable[[], Any], mesh: SPMesh, path: Path) -> str:
+def record(call: Callable[[], Any], mesh: SPMesh, path: Path, *, beside: str = "the scan") -> str:
     """Trace one call and save it as a chrome trace; says in a line what it shows. Collective.
 
     The trace is rank 1's, which both receives and sends; rank 0's in a job of one. A trace that
     cannot be had is a line that says why: it must not cost the run its figures.
     """
-    line, reason = attempt(partial(_record, call, mesh, path), mesh)
+    line, reason = attempt(partial(_record, call, mesh, path, beside), mesh)
     box = [f"{path.name}: {line or reason}"]
     dist.broadcast_object_list(box, src=_traced(mesh) if reason is None else 0)
     return box[0]
@@ -57,7 +57,7 @@ def _traced(mesh: SPMesh) -> int:
     return min(1, mesh.world_size - 1)
 
 
-def _record(call: Callable[[], Any], mesh: SPMesh, path: Path) -> str:
+def _record(call: Callable[[], Any], mesh: SPMesh, path: Path, beside: str) -> str:
     """What `record` says, on the rank that is traced; elsewhere nothing."""
     activities = [ProfilerActivity.CPU]
     if mesh.device.type == "cuda":
@@ -73,19 +73,19 @@ def _record(call: Callable[[], Any], mesh: SPMesh, path: Path) -> str:
         if last and profiler is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
-            line = describe(json.loads(path.read_text())["traceEvents"])
+            line = describe(json.loads(path.read_text())["traceEvents"], beside)
     return line
 
 
-def describe(events: Sequence[Mapping[str, Any]]) -> str:
-    """One line about the overlap in a trace's events."""
+def describe(events: Sequence[Mapping[str, Any]], beside: str = "the scan") -> str:
+    """One line about the overlap in a trace's events; `beside` is what runs on side streams."""
     found = overlap(events)
     if found is None:
         return "no GPU work in the trace, so no overlap to see"
     if found.side_us == 0:
         return "nothing ran beside the main stream"
     return (
-        f"{found.side_us:.0f} us on side streams (the scan), {found.hidden_us:.0f} us of them "
+        f"{found.side_us:.0f} us on side streams ({beside}), {found.hidden_us:.0f} us of them "
         f"while the main stream computed: {found.fraction:.0%} hidden"
     )
 
