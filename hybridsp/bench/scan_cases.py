@@ -21,7 +21,7 @@ from hybridsp.bench.timing import measure
 from hybridsp.collectives.all_scan import all_scan
 from hybridsp.collectives.cost import Plan
 from hybridsp.collectives.scan_plan import Options, plan_scan
-from hybridsp.collectives.scans.line import all_gather
+from hybridsp.collectives.torch_names import all_gather
 from hybridsp.mesh import SPMesh
 
 KEY_DIM = VALUE_DIM = 128

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridsp.collectives.torch_names import all_gather, reduce_scatter
+
 
 class KVGather:
     """One all-gather in flight: post, compute, wait; then `give_back`.
@@ -35,7 +37,7 @@ class KVGather:
         assert self._buffers is None, "post called twice without wait"
         sent = self._message(tensors)
         received = sent.new_empty(self._group.size() * self._padded)
-        self._handle = dist.all_gather_into_tensor(received, sent, group=self._group, async_op=True)
+        self._handle = all_gather(received, sent, group=self._group, async_op=True)
         self._buffers = sent, received
 
     def wait(self) -> list[list[Tensor]]:
@@ -58,7 +60,7 @@ class KVGather:
         """
         sent = torch.cat([self._message(of_rank) for of_rank in shares])
         received = sent.new_empty(self._padded)
-        dist.reduce_scatter_tensor(received, sent, group=self._group)
+        reduce_scatter(received, sent, group=self._group)
         return self._tensors(received, self._shapes[self._group.rank()])
 
     def _message(self, tensors: Sequence[Tensor]) -> Tensor:

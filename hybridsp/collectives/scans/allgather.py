@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridsp.collectives.scans.line import Line, Scan, all_gather
+from hybridsp.collectives.scans.line import Line, Scan
+from hybridsp.collectives.torch_names import all_gather
 
 
 def allgather(line: Line, state: Tensor, decay: Tensor) -> Scan:

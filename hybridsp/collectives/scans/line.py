@@ -17,9 +17,6 @@ from torch import Tensor
 
 from hybridsp.collectives.per_group import per_group
 
-# torch 2.13 renamed it and warns of the old name.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 # Tags of the messages of a scan, out of the way of the other collectives' small ones.
 TAGS = range(2**16, 2**17)
 
