@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from cases import case
 from distributed import run_ranks
 from sp_cases import DOCUMENTS, TOTAL, Case, check, check_bf16
 
-from hybridsp.attention import linear_attention
+from hybridsp.attention import linear, linear_attention
 from hybridsp.attention.linear import METHODS
 from hybridsp.collectives import ALGORITHMS
 from hybridsp.mesh import SPMesh
@@ -169,6 +170,7 @@ def test_the_backward_keeps_the_inputs_and_one_state():
 
 
 def misfits():
+    """Of all ranks alike; `disagreements` are of one."""
     mesh = SPMesh(ring=2)
     q, k, v, g = gla_inputs(1, "vector", total=8, heads=1)
     nan, positive = g.clone(), g.clone()
@@ -195,3 +197,103 @@ def misfits():
 
 def test_what_does_not_fit_is_refused():
     run_ranks(misfits, 2)
+
+
+def refusal(inputs, options, mesh):
+    try:
+        linear_attention(*inputs, mesh=mesh, **options)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def disagreements(odd_rank):
+    """What each rank is told of a first call in which one rank differs; then they are in step."""
+    mesh, told = SPMesh(ring=3), {}
+    q, k, v, g = gla_inputs(1, "vector", total=8, heads=3)
+    bounds = {"cu_seqlens": torch.tensor([0, 5, 24], dtype=torch.int32)}
+    short = [x[:, :7] for x in (q, k, v, g)]
+    one_head = [x[:, :, :2] for x in (q, k, v, g)]
+    alike = q, k, v, g
+    for name, inputs, options, common in [
+        ("g", (q, k, v, -g), {}, {}),
+        ("shapes of g", (q, k, v, g[..., :1]), {}, {}),
+        ("heads", one_head, {}, {}),
+        ("dtype", (*(x.bfloat16() for x in (q, k, v)), g), {}, {}),
+        ("method", alike, {"method": "lasp2"}, {}),
+        ("unknown method", alike, {"method": "usp"}, {}),
+        ("algorithm", alike, {"algorithm": "chain"}, {}),
+        ("backend", alike, {"backend": "triton"}, {}),
+        ("scale", alike, {"scale": 0.5}, {}),
+        ("documents", alike, bounds, {}),
+        ("boundaries", alike, {"cu_seqlens": bounds["cu_seqlens"] + 1}, bounds),
+        ("L, documents", short, bounds, bounds),
+        ("L, ulysses", short, {}, {"method": "ulysses"}),
+        ("heads, ulysses", one_head, {}, {"method": "ulysses"}),
+        ("dtype of g, ulysses", (q, k, v, g.double()), {}, {"method": "ulysses"}),
+        ("no ulysses", alike, {"method": "zeco"}, {"method": "ulysses"}),
+    ]:
+        mine = (inputs, common | options) if mesh.rank == odd_rank else (alike, common)
+        with case(name):
+            told[name] = refusal(*mine, mesh)
+    for method in METHODS:
+        with case(f"{method} afterwards"):
+            assert linear_attention(*alike, mesh=mesh, method=method).isfinite().all()
+    return told
+
+
+# What the rank that differs cannot do by itself, and says; the others name it and what it said.
+REFUSED = {
+    "g": r"g lies in \[.*\]: a log decay",
+    "unknown method": "method = 'usp' is unknown",
+    "backend": "backend = 'triton' cannot do this",
+    "boundaries": "must rise from 0",
+    "L, documents": "must rise from 0",
+    "heads, ulysses": "H = 2 heads over P = 3 ranks",
+}
+# What each rank could do by itself: all are told the same.
+DIFFERENT = {
+    "shapes of g": r"rank {}: [^;]*g \(1, L, 3, 1\) float32",
+    "heads": r"rank {}: linear_attention\(q \(1, L, 2, 6\)",
+    "dtype": r"rank {}: .*v \(1, L, 3, 5\) bfloat16",
+    "method": "rank {}: .*method='lasp2'",
+    "algorithm": "rank {}: .*algorithm='chain'",
+    "scale": "rank {}: .*scale=0.5,",
+    "documents": "rank {}: .*cu_seqlens given",
+    "L, ulysses": r"rank {}: .*q \(1, 7, 3, 6\)",
+    "dtype of g, ulysses": r"rank {}: .*g \(1, 8, 3, 6\) float64",
+    "no ulysses": "rank {}: .*method='zeco'",
+}
+
+
+@pytest.mark.parametrize("odd_rank", [0, 2])
+def test_one_rank_that_differs_in_a_first_call_ends_it_on_all(odd_rank, subtests):
+    told = run_ranks(disagreements, 3, odd_rank)
+    assert set(told[0]) == {*REFUSED, *DIFFERENT}
+    for name, match in REFUSED.items():
+        with subtests.test(name):
+            assert re.search(match, told[odd_rank][name])
+            for rank in {0, 1, 2} - {odd_rank}:
+                assert re.search(f"rank {odd_rank}:? refuses: .*{match}", told[rank][name])
+    for name, match in DIFFERENT.items():
+        with subtests.test(name):
+            assert re.search(match.replace("{}", str(odd_rank)), told[0][name])
+            assert told[0][name] == told[1][name] == told[2][name]
+
+
+def questions():
+    """What the ranks ask each other in calls of several lengths, layer after layer."""
+    mesh, asked = SPMesh(ring=2), []
+    agree = linear.agree
+    linear.agree = lambda group, call: asked.append(call) or agree(group, call)
+    for method in ("lasp2", "ulysses"):
+        for length in (4, 5, 4):
+            inputs = gla_inputs(1, "vector", total=length, heads=2)
+            for _ in range(3):
+                linear_attention(*inputs, mesh=mesh, method=method)
+    return asked
+
+
+def test_a_new_length_is_a_new_kind_under_ulysses_alone():
+    for asked in run_ranks(questions, 2):
+        assert [re.search(r"q \(1, (\w+), ", call)[1] for call in asked] == ["L", "4", "5"]

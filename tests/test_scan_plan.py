@@ -1,6 +1,7 @@
 """What All-Scan refuses: on one rank, between ranks, and what it does not ask twice."""
 
 import re
+import time
 from datetime import timedelta
 
 import pytest
@@ -132,7 +133,7 @@ def test_rank_0_refuses():
 def misses():
     """One rank meets a new kind of call, the others do something else."""
     rank, found = dist.get_rank(), {}
-    for alone in range(2):
+    for alone in range(3):
         group = dist.new_group()
         agree(group, "the old kind")
         group.get_group_store().set_timeout(timedelta(milliseconds=500))
@@ -146,8 +147,67 @@ def misses():
 
 def test_a_rank_that_is_alone_with_a_call_misses_the_others_by_name():
     results = run_ranks(misses, 3, timeout=30)
-    for alone, absent in enumerate(([1, 2], [0])):
+    for alone, absent in enumerate(([1, 2], [0, 2], [0, 1])):
         assert f"ranks {absent} did not come to the call the new kind" in results[alone][alone]
+
+
+def one_is_absent():
+    """The others come, rank 0 later than the rest and later than their first patience is over."""
+    rank, found = dist.get_rank(), {}
+    for absent in range(3):
+        group = dist.new_group()
+        group.get_group_store().set_timeout(timedelta(seconds=1))
+        dist.barrier()
+        if rank != absent:
+            time.sleep(0.8 if rank == 0 else 0)
+            found[absent] = message(agree, group, "the new kind")
+        dist.barrier()
+    return found
+
+
+def test_every_rank_that_came_names_the_one_that_did_not():
+    results = run_ranks(one_is_absent, 3, timeout=60)
+    for rank, found in enumerate(results):
+        assert sorted(found) == [absent for absent in range(3) if absent != rank]
+        for absent, text in found.items():
+            assert text.startswith(f"ranks [{absent}] did not come to the call the new kind")
+
+
+def later_refusals(bad_rank, seconds):
+    """What this rank's second call of a kind gives, by algorithm; the bad rank's decay is 1.5."""
+    rank, outcomes = dist.get_rank(), {}
+    state, decay = torch.full_like(STATE, 1.0 + rank), DECAY / 2
+    expected = torch.full_like(state, [0, 1, 2.5][rank])
+    for algorithm in ("chain", "doubling", "allgather"):
+        group = dist.new_group(timeout=timedelta(seconds=seconds))
+        with case(algorithm):
+            # The first call also connects the ranks.
+            torch.testing.assert_close(all_scan(state, decay, group, algorithm=algorithm), expected)
+            dist.barrier()
+            start = time.monotonic()
+            try:
+                out = all_scan(state, decay + (rank == bad_rank), group, algorithm=algorithm)
+                torch.testing.assert_close(out, expected)
+                outcomes[algorithm] = "right"
+            except (ValueError, RuntimeError) as error:
+                outcomes[algorithm] = f"{type(error).__name__}: {error}"
+            assert time.monotonic() - start < 10 * seconds
+            dist.barrier()
+    return outcomes
+
+
+def test_a_refusal_in_a_later_call_is_its_ranks_alone(subtests):
+    """The others wait for it and fail at the timeout; nobody gets a wrong state.
+
+    Rank 0 of a chain needs nothing of rank 1, but gloo sends to who receives.
+    """
+    of_rank = run_ranks(later_refusals, 3, 1, 2, timeout=60)
+    for algorithm in of_rank[0]:
+        with subtests.test(algorithm):
+            first, bad, last = (outcomes[algorithm] for outcomes in of_rank)
+            assert re.match("ValueError: decay has values from 1.5 to 1.5", bad)
+            for other in (first, last):
+                assert re.match(r"RuntimeError: .*Timed out waiting 2000ms", other)
 
 
 def asks():

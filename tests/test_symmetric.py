@@ -226,7 +226,7 @@ def test_order_of_memory_accesses():
 def test_the_cpu_has_no_symmetric_memory():
     state = torch.zeros(1, 1, 2, 2)
     assert why_not(state, None) == "the state is on cpu: symmetric memory needs CUDA"
-    with pytest.raises(ValueError, match=r"the state is on cpu.*algorithm='auto'"):
+    with pytest.raises(ValueError, match=r"cannot run here: the state is on cpu.*; use"):
         symmetric_scan(state, state[..., 0], None)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -29,8 +30,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybridsp.collectives import ALGORITHMS, left_halo, start_all_scan
+from hybridsp.collectives.agreement import agree
 from hybridsp.collectives.all_scan import Algorithm
 from hybridsp.collectives.head_exchange import heads_to_tokens, tokens_to_heads
+from hybridsp.collectives.per_group import per_group
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.conv import causal_conv, document_offsets
 from hybridsp.ops.gla import (
@@ -54,12 +57,14 @@ class StateScan:
     overlaps: bool = True
 
 
-_SCANS = {
+_SCANS: dict[str, StateScan] = {
     "lasp1": StateScan("chain", num_blocks=1),
     "lasp2": StateScan("allgather"),
     "allgather": StateScan("allgather", overlaps=False),
 }
-METHODS = ("zeco", *_SCANS, "ulysses")
+
+Method = Literal["zeco", "lasp1", "lasp2", "allgather", "ulysses"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 def linear_attention(
@@ -71,11 +76,14 @@ def linear_attention(
     mesh: SPMesh,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
-    method: str = "zeco",
+    method: Method = "zeco",
     algorithm: Algorithm = "auto",
     backend: str | None = None,
 ) -> Tensor:
     """Gated linear attention of a sequence cut over the mesh's SP ranks.
+
+    The first call of a kind (shapes, under "ulysses" L among them, dtypes, scale, options) on a
+    group compares it between the ranks and waits for them; later ones do not.
 
     Args:
         q, k: this rank's contiguous tokens [B, L, H, K]; L is the same on every rank.
@@ -83,7 +91,8 @@ def linear_attention(
         g: log decay <= 0, [B, L, H, K], or [B, L, H, 1] for one decay per head.
         mesh: the grid of ranks.
         cu_seqlens: int32 boundaries of the whole packed sequence (then B == 1); None for one
-            document per row.
+            document per row. Keep it on the CPU, as `shard_batch` does: the host reads it in every
+            layer and forward, and on CUDA waits for the GPU each time.
         scale: factor on q; None for K ** -0.5.
         method: one of METHODS.
         algorithm: of the All-Scan under "zeco", see `collectives.all_scan`.
@@ -93,15 +102,14 @@ def linear_attention(
         [B, L, H, V] in v's dtype.
 
     Raises:
-        ValueError: tensors, boundaries or options that do not fit, before anything is sent.
+        ValueError: tensors, boundaries or options that do not fit. In the first call of a kind,
+            also where they differ between the ranks: then every rank raises, before anything is
+            sent. In later calls a refusal (of boundaries, of g) is raised on its rank alone, and
+            the others wait for the group's timeout and fail there.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tokens = Tokens(q=q, k=k, v=v, g=g, scale=scale, segments=None)
-    check_tokens(tokens)
-    _check_method(method, algorithm, q.shape[2], mesh.sp)
-    chosen = choose_backend(tokens, backend)
-    if cu_seqlens is not None:
-        require_one_packed_row(q, cu_seqlens, q.shape[1] * mesh.sp)
+    chosen = _admit(tokens, mesh, cu_seqlens, method, algorithm, backend)
     if method == "ulysses":
         return _by_heads(tokens, mesh, cu_seqlens, chosen)
     segments = _segments(q, cu_seqlens, *_owned(q, mesh))
@@ -204,7 +212,8 @@ def short_convolution(
         [B, L, D] in x's dtype.
 
     Raises:
-        ValueError: boundaries or options that do not fit.
+        ValueError: boundaries or options that do not fit; on this rank alone, so that where they
+            fit on another it waits for this one.
     """
     offsets = None
     if cu_seqlens is not None:
@@ -213,6 +222,88 @@ def short_convolution(
         offsets = _offsets_of(tuple(cu_seqlens.tolist()), start, stop, x.device)
     halo = left_halo(x, weight.shape[1] - 1, mesh.sp_group)
     return causal_conv(x, weight, bias, activation=activation, offsets=offsets, left_context=halo)
+
+
+class _Kind(NamedTuple):
+    """What must be the same on every rank, or the ranks' messages would not match.
+
+    L is here only under ulysses, whose messages are made of tokens. A state is as large whatever L
+    is, so under the other methods a new length is no new kind. And a kind is the group's, not a
+    layer's: of a batch of a new length under ulysses the first layer alone asks the other ranks.
+    (Lengths that were all agreed on before and now differ between ranks are not noticed.)
+    """
+
+    method: str
+    algorithm: str
+    backend: str | None
+    scale: float
+    packed: bool
+    device: str
+    shapes: tuple[tuple[int | str, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    def described(self, chosen: Backend) -> str:
+        tensors = ", ".join(
+            f"{name} {tuple(shape)} {str(dtype).removeprefix('torch.')}".replace("'", "")
+            for name, shape, dtype in zip("qkvg", self.shapes, self.dtypes, strict=True)
+        )
+        return (
+            f"linear_attention({tensors}, cu_seqlens {'given' if self.packed else 'None'}, "
+            f"scale={self.scale}, method={self.method!r}, algorithm={self.algorithm!r}, "
+            f"backend={chosen.name!r}) on {self.device}"
+        )
+
+
+def _kind_of(
+    tokens: Tokens, packed: bool, method: str, algorithm: str, backend: str | None
+) -> _Kind:
+    tensors = tokens.q, tokens.k, tokens.v, tokens.g
+    shapes: list[tuple[int | str, ...]] = [tuple(x.shape) for x in tensors]
+    if method != "ulysses":
+        shapes = [(*shape[:1], "L", *shape[2:]) for shape in shapes]
+    return _Kind(
+        method=method,
+        algorithm=algorithm,
+        backend=backend,
+        scale=tokens.scale,
+        packed=packed,
+        device=tokens.q.device.type,
+        shapes=tuple(shapes),
+        dtypes=tuple(x.dtype for x in tensors),
+    )
+
+
+@per_group
+def _agreed(_group: dist.ProcessGroup) -> set[_Kind]:
+    """The kinds of call that every rank of the group has made."""
+    return set()
+
+
+def _admit(
+    tokens: Tokens,
+    mesh: SPMesh,
+    cu_seqlens: Tensor | None,
+    method: str,
+    algorithm: str,
+    backend: str | None,
+) -> Backend:
+    """The backend of a call against which nothing speaks, on any rank if its kind is new."""
+    kind = _kind_of(tokens, cu_seqlens is not None, method, algorithm, backend)
+    known = _agreed(mesh.sp_group)
+    try:
+        check_tokens(tokens)
+        _check_method(method, algorithm, tokens.q.shape[2], mesh.sp)
+        chosen = choose_backend(tokens, backend)
+        if cu_seqlens is not None:
+            require_one_packed_row(tokens.q, cu_seqlens, tokens.q.shape[1] * mesh.sp)
+    except ValueError as error:
+        if kind not in known:
+            agree(mesh.sp_group, "linear_attention", refusal=str(error))  # tells all, and raises
+        raise
+    if kind not in known:
+        agree(mesh.sp_group, kind.described(chosen))
+        known.add(kind)
+    return chosen
 
 
 def _check_method(method: str, algorithm: str, num_heads: int, ranks: int) -> None:

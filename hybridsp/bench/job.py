@@ -2,7 +2,7 @@
 
 Every rank runs the same benchmark. What the user did wrong is found by all of them and told by one;
 what cannot run on some rank becomes a reason that all of them know, so that none goes on alone into
-a collective that the others have left.
+the next case. That works between collectives, not inside of them: see `attempt`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ def attempt(
     work: Callable[[], T], mesh: SPMesh, *, foreign: bool = False
 ) -> tuple[T | None, str | None]:
     """What `work()` returns, or the reason why it cannot run on some rank. Collective.
+
+    A rank that fails before `work` communicates, or after, or where all ranks fail, is told of. One
+    that fails alone between two collectives of `work`, for lack of memory say, leaves the others
+    waiting in the second, where nobody can tell them: they fail at the group's timeout, by an error
+    or, under NCCL, by the end of the process.
 
     Refusals and lack of memory are reasons, and whatever else PyTorch reports as a RuntimeError;
     other errors are bugs of ours and are raised. Of `foreign` code every error is a reason.

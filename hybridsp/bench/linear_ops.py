@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hybridsp.attention import linear_attention
+from hybridsp.attention.linear import Method
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.gla import gated_linear_attention
 
@@ -123,9 +125,10 @@ def local_op(backend: str) -> Op:
 
 def parallel_op(method: str, backend: str, mesh: SPMesh) -> Op:
     """The layer over the mesh: the tokens are this rank's share of the sequence."""
+    known = cast("Method", method)  # or it is refused
 
     def layer(x: Inputs) -> Tensor:
-        return linear_attention(x.q, x.k, x.v, x.g, mesh=mesh, method=method, backend=backend)
+        return linear_attention(x.q, x.k, x.v, x.g, mesh=mesh, method=known, backend=backend)
 
     return layer
 

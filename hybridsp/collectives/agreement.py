@@ -5,6 +5,10 @@ and hang or compute nonsense. So the first time a rank makes a call of a new kin
 is about to do into the group's store. Rank 0 reads what all have written and writes the verdict,
 and every rank raises the same error or none. The store is not the network that collectives use: a
 rank that does *not* come is missed after the store's timeout, by name, on those that wait for it.
+
+Only first calls are compared, so only of those it holds that every rank hears of every refusal. Who
+refuses a call of a kind that was agreed on before raises alone; the others wait in a collective for
+as long as their group's timeout lets them.
 """
 
 from __future__ import annotations
@@ -36,32 +40,30 @@ def agree(group: dist.ProcessGroup, call: str, refusal: str | None = None) -> No
     Raises:
         ValueError: the refusal of a rank, calls that differ, each rank's named, or ranks that did
             not come within the timeout of the group's store (they make a call of a kind that was
-            agreed on before, and this rank a new one).
+            agreed on before, and this rank a new one). Every rank that came names the same ones,
+            where rank 0 did.
     """
     if group.size() > 1:
         store = group.get_group_store()
         prefix = f"hybridsp/agreement/{next(_rounds(group))}"
+        keys = [f"{prefix}/{rank}" for rank in range(group.size())]
         verdict = f"{prefix}/verdict"
-        store.set(f"{prefix}/{group.rank()}", call if refusal is None else f"refuses: {refusal}")
+        store.set(keys[group.rank()], call if refusal is None else f"refuses: {refusal}")
         if group.rank() == 0:
-            judged = _judge(store, prefix, group.size(), call) if refusal is None else None
+            judged = _judge(store, keys, call) if refusal is None else None
             store.set(verdict, judged or f"rank 0 refuses: {refusal}")
     if refusal is not None:
         raise ValueError(refusal)
     if group.size() > 1:
-        if _runs_out(store, [verdict]):
-            raise ValueError(_absence(call, [0]))
-        if (judged := _read(store, verdict)) != AGREED:
+        judged = _hear(store, keys, verdict, call)
+        if judged != AGREED:
             raise ValueError(judged)
 
 
-def _judge(store: Store, prefix: str, ranks: int, call: str) -> str:
+def _judge(store: Store, keys: list[str], call: str) -> str:
     """Rank 0's verdict on what all have written."""
-    keys = [f"{prefix}/{rank}" for rank in range(ranks)]
-    if _runs_out(store, keys):
-        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        if absent:
-            return _absence(call, absent)
+    if _runs_out(store, keys) and (absent := _missing(store, keys)):
+        return _absence(call, absent)
     calls = [_read(store, key) for key in keys]
     if len(set(calls)) == 1:
         return AGREED
@@ -69,10 +71,29 @@ def _judge(store: Store, prefix: str, ranks: int, call: str) -> str:
     return f"the ranks do not make the same call; give all of them the same arguments. {listed}"
 
 
-def _runs_out(store: Store, keys: list[str]) -> bool:
-    """Wait for the keys; whether the time ran out."""
+def _hear(store: Store, keys: list[str], verdict: str, call: str) -> str:
+    """Rank 0's verdict, or who did not come if it is rank 0 that did not."""
+    if _runs_out(store, keys[:1]) and 0 in (absent := _missing(store, keys)):
+        return _absence(call, absent)
+    # Rank 0 is there and waits for the others, as long as a wait lasts from when *it* came. With
+    # the same patience this rank would give up at the same moment and know no name.
+    if _runs_out(store, [verdict], patience=2):
+        return (
+            f"rank 0 came to the call {call} and gave no verdict in twice the time in which the "
+            "group's store times out: it ended, or hangs"
+        )
+    return _read(store, verdict)
+
+
+def _missing(store: Store, keys: list[str]) -> list[int]:
+    return [rank for rank, key in enumerate(keys) if not store.check([key])]
+
+
+def _runs_out(store: Store, keys: list[str], patience: int = 1) -> bool:
+    """Wait for the keys, `patience` times the store's timeout; whether the time ran out."""
+    timeout = store.timeout  # type: ignore[attr-defined] # torch's stub of Store leaves it out
     try:
-        store.wait(keys)
+        store.wait(keys, patience * timeout)
     except (dist.DistStoreError, RuntimeError) as error:
         # FileStore raises a bare RuntimeError. Anything but time running out goes on up.
         if "timeout" not in str(error).lower():

@@ -17,8 +17,6 @@ and D(p+1) is exactly what enters rank p of the reverse scan of (G, d).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +25,8 @@ from torch.autograd.function import once_differentiable
 from hybridsp.collectives.cost import Plan
 from hybridsp.collectives.scan_plan import ALGORITHMS, Algorithm, Options, plan_scan
 from hybridsp.collectives.scans import Line, Scan, begin
+from hybridsp.collectives.side_stream import Enqueued
+from hybridsp.collectives.symmetric import symmetric_scan
 
 __all__ = ["ALGORITHMS", "Algorithm", "AllScan", "PendingScan", "all_scan", "start_all_scan"]
 
@@ -63,9 +63,12 @@ def all_scan(
         In(p) [B, H, K, V] fp32; zero on the first rank (the last one if `reverse`).
 
     Raises:
-        ValueError: shapes, dtypes, values or options that do not fit or that differ between the
-            ranks, before anything is sent. A rank that makes a call of a new kind while others
-            repeat an old one raises after the timeout of the group's store.
+        ValueError: shapes, dtypes, values or options that do not fit. In the first call of a kind,
+            also where they differ between the ranks: then every rank raises, before anything is
+            sent. Later calls of that kind are not compared: a refusal (of decays, on the CPU) is
+            raised on its rank alone, and ranks that need its messages wait for the group's timeout
+            and fail there. So does a rank that repeats an old kind while another makes a call of a
+            new one, which raises after the timeout of the group's store.
     """
     plan = plan_scan(state, decay, group, Options(algorithm, num_blocks, ranks_per_host))
     return AllScan.apply(state, decay, group, reverse, plan)
@@ -105,47 +108,30 @@ class PendingScan:
         self, state: Tensor, decay: Tensor, group: dist.ProcessGroup, reverse: bool, plan: Plan
     ) -> None:
         self._incoming: Tensor | None = None
-        self._done: torch.cuda.Event | None = None
+        self._enqueued: Enqueued | None = None
         self._scan: Scan | None = None
         if group.size() == 1:
             self._incoming = state.new_zeros(state.shape)
         elif state.is_cuda:
-            self._enqueue(state, decay, group, reverse, plan)
+            self._enqueued = Enqueued(
+                lambda: _scan_through(state, decay, group, reverse, plan), [state, decay]
+            )
         else:
             self._scan = begin(plan, Line.whole(group, reverse=reverse), state, decay)
             self._handles = next(self._scan)
 
     def wait(self) -> Tensor:
-        """In(p) [B, H, K, V] fp32. On CUDA the current stream waits, the host does not."""
-        if self._done is not None:
-            current = torch.cuda.current_stream(self._done.device)
-            current.wait_event(self._done)
-            # It was allocated on the scan's stream; who frees it on this one must not be overtaken.
-            assert self._incoming is not None
-            self._incoming.record_stream(current)
-            self._done = None
+        """In(p) [B, H, K, V] fp32; the same tensor every time.
+
+        On CUDA the current stream waits, the host does not; every stream that reads the result
+        has to wait for it.
+        """
+        if self._enqueued is not None:
+            return self._enqueued.wait()
         if self._scan is not None:
             self._incoming, self._scan = _finish(self._scan, self._handles), None
         assert self._incoming is not None
         return self._incoming
-
-    def _enqueue(
-        self, state: Tensor, decay: Tensor, group: dist.ProcessGroup, reverse: bool, plan: Plan
-    ) -> None:
-        stream = _stream(state.device)
-        stream.wait_stream(torch.cuda.current_stream(state.device))
-        with torch.cuda.stream(stream):
-            if plan.algorithm == "symmetric":
-                from hybridsp.collectives.symmetric import symmetric_scan
-
-                self._incoming = symmetric_scan(state, decay, group, reverse)
-            else:
-                scan = begin(plan, Line.whole(group, reverse=reverse), state, decay)
-                self._incoming = _finish(scan, next(scan))
-            self._done = stream.record_event()
-        # The caller may drop them while the stream still reads them.
-        for tensor in (state, decay):
-            tensor.record_stream(stream)
 
 
 class AllScan(torch.autograd.Function):
@@ -172,6 +158,16 @@ class AllScan(torch.autograd.Function):
         return dstate, ddecay, None, None, None
 
 
+def _scan_through(
+    state: Tensor, decay: Tensor, group: dist.ProcessGroup, reverse: bool, plan: Plan
+) -> Tensor:
+    """A whole scan on the current stream."""
+    if plan.algorithm == "symmetric":
+        return symmetric_scan(state, decay, group, reverse)
+    scan = begin(plan, Line.whole(group, reverse=reverse), state, decay)
+    return _finish(scan, next(scan))
+
+
 def _finish(scan: Scan, handles: list[dist.Work]) -> Tensor:
     """Run a scan to its end, from the messages that have just been started."""
     while True:
@@ -181,9 +177,3 @@ def _finish(scan: Scan, handles: list[dist.Work]) -> Tensor:
             handles = next(scan)
         except StopIteration as end:
             return end.value
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The scans' stream; of high priority, for the caller's own work fills the GPU meanwhile."""
-    return torch.cuda.Stream(device, priority=-1)

@@ -4,6 +4,9 @@ A recurrence has no use for the zigzag order of softmax layers (`collectives.all
 gets the whole sequence in order, for its share of the heads, and the shares may differ by one head.
 q, k and v may be bf16 and the log decays fp32, so what two ranks have for each other travels as
 bytes: one message per pair of ranks whatever the tensors are.
+
+What comes is taken to be laid out like what goes: ranks that differ in B, L, H, D or dtype would
+exchange messages that do not match. It is `attention.linear` that compares the ranks' calls.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ def tokens_to_heads(*tensors: Tensor, group: dist.ProcessGroup) -> tuple[Tensor,
     """Give up most heads for the whole sequence; differentiable.
 
     Args:
-        tensors: [B, L, H, D], D and dtype each its own; this rank's contiguous tokens, L the same
-            on every rank.
+        tensors: [B, L, H, D], D and dtype each its own; this rank's contiguous tokens. Shapes and
+            dtypes are the same on every rank, which is not looked at.
         group: the ranks, in sequence order, at most H of them.
 
     Returns:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hybridsp.collectives.agreement import agree
 from hybridsp.collectives.cost import Plan, chain_plan, choose, hierarchical_plan
 from hybridsp.collectives.per_group import per_group
+from hybridsp.collectives.symmetric import require_symmetric
 from hybridsp.collectives.topology import topology
 
 Algorithm = Literal["auto", "chain", "doubling", "allgather", "hierarchical", "symmetric"]
@@ -45,7 +46,8 @@ def plan_scan(state: Tensor, decay: Tensor, group: dist.ProcessGroup, options: O
         A plan with everything decided, the same on every rank.
 
     Raises:
-        ValueError: whatever is wrong with the call, here or on another rank.
+        ValueError: whatever is wrong with the call; in the first call of a kind, here or on
+            another rank, in later ones here alone.
     """
     plans = _plans(group)
     kind = state.shape, decay.shape, state.dtype, decay.dtype, state.device, decay.device, options
@@ -94,7 +96,7 @@ def _decide(state: Tensor, decay: Tensor, group: dist.ProcessGroup, options: Opt
                 found, ranks, num_bytes, decay_bytes, rows, ranks_per_host=ranks_per_host
             )[1]
     if algorithm == "symmetric":
-        _require_symmetric(state, group)
+        require_symmetric(state, group)
     return Plan(algorithm=algorithm, num_blocks=num_blocks, ranks_per_host=ranks_per_host)
 
 
@@ -107,16 +109,6 @@ def _found_ranks_per_host(group: dist.ProcessGroup, device: torch.device) -> int
             "use algorithm = 'auto'"
         )
     return found
-
-
-def _require_symmetric(state: Tensor, group: dist.ProcessGroup) -> None:
-    # Here, because it brings Triton with it.
-    from hybridsp.collectives.symmetric import why_not
-
-    if reason := why_not(state, group):
-        raise ValueError(
-            f"algorithm = 'symmetric' cannot run here: {reason}; use algorithm = 'auto'"
-        )
 
 
 def refusal_of_arguments(state: Tensor, decay: Tensor, options: Options) -> str | None:

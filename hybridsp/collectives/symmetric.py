@@ -38,7 +38,6 @@ TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in the environment keeps it from that.)
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -48,9 +47,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridsp.collectives.per_group import per_group
-from hybridsp.collectives.topology import host_identity
-
-logger = logging.getLogger(__name__)
+from hybridsp.collectives.topology import gather_objects, host_identity
 
 SLICE = 4096  # numbers per message: 16 KiB
 PROGRAMS = 64  # that run at a time, each a loop over slices: a half of the SMs of an H100
@@ -169,6 +166,14 @@ def why_not(state: Tensor, group: dist.ProcessGroup) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def require_symmetric(state: Tensor, group: dist.ProcessGroup) -> None:
+    """Raise ValueError, on every rank alike, where `why_not` has a reason; collective as that."""
+    if reason := why_not(state, group):
+        raise ValueError(
+            f"algorithm = 'symmetric' cannot run here: {reason}; use algorithm = 'auto'"
+        )
+
+
 def symmetric_scan(
     state: Tensor, decay: Tensor, group: dist.ProcessGroup, reverse: bool = False
 ) -> Tensor:
@@ -187,16 +192,15 @@ def symmetric_scan(
         In(p) [B, H, K, V] fp32; zero on the first rank (the last one if `reverse`).
 
     Raises:
-        ValueError: symmetric memory cannot be used here (`why_not` says why), or a state too large
-            for the kernel's 32-bit indices.
+        ValueError: it cannot run here (`require_symmetric`), or a state too large for the kernel's
+            32-bit indices.
         UnavailableError: no memory was left for larger mailboxes.
     """
-    if reason := why_not(state, group):
-        raise ValueError(f"symmetric All-Scan cannot be used: {reason}; use algorithm='auto'")
+    require_symmetric(state, group)
     if state.numel() > 2**31 - SLICE:
         raise ValueError(
-            f"state {tuple(state.shape)} has {state.numel()} numbers, and symmetric All-Scan takes "
-            f"at most {2**31 - SLICE}; use algorithm='chain'"
+            f"state {tuple(state.shape)} has {state.numel()} numbers, and algorithm = 'symmetric' "
+            f"takes at most {2**31 - SLICE}; use algorithm = 'chain'"
         )
     if group.size() == 1 or state.numel() == 0:
         return torch.zeros_like(state)
@@ -267,15 +271,13 @@ def _connection_of(group: dist.ProcessGroup, device: torch.device) -> _Connectio
             of_group[device] = _Connection(group, device)
         except UnavailableError as error:
             of_group[device] = str(error)
-            if group.rank() == 0:
-                logger.info("All-Scan does without symmetric memory: %s", error)
     return of_group[device]
 
 
 def _check_ranks(group: dist.ProcessGroup, device: torch.device) -> None:
     """Raise UnavailableError where the group's ranks lack what a rendezvous takes for granted."""
     _on_all_ranks(group, _check_software)
-    places = _gather(group, _place(device))
+    places = gather_objects(_place(device), group)
     hosts = {host for host, _ in places}
     if len(hosts) > 1:
         raise UnavailableError(f"the ranks are on {len(hosts)} hosts, not on one")
@@ -326,15 +328,17 @@ def _on_all_ranks(group: dist.ProcessGroup, step: Callable[[], Result]) -> Resul
         result = step()
     except RuntimeError as error:  # what PyTorch raises when CUDA refuses, out of memory included
         problem = f"rank {group.rank()}: {error}"
-    if problems := [other for other in _gather(group, problem) if other]:
+    if problems := [other for other in gather_objects(problem, group) if other]:
         raise UnavailableError(problems[0])
     return result
 
 
-def _gather(group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    gathered = [None] * group.size()
-    dist.all_gather_object(gathered, mine, group=group)
-    return gathered
-
-
-__all__ = ["Mailbox", "UnavailableError", "hand_on", "mailboxes", "symmetric_scan", "why_not"]
+__all__ = [
+    "Mailbox",
+    "UnavailableError",
+    "hand_on",
+    "mailboxes",
+    "require_symmetric",
+    "symmetric_scan",
+    "why_not",
+]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hybridsp.collectives.cost import Link, Topology
 from hybridsp.collectives.per_group import per_group
-from hybridsp.collectives.scans.line import Line, all_gather
+from hybridsp.collectives.scans.line import Line
+from hybridsp.collectives.torch_names import all_gather
 
 SMALL_BYTES = 4 * 2**10
 # Up to 4 MiB a message over NVLink costs its launch; gloo moves about a gigabyte a second.
@@ -64,6 +65,16 @@ def host_identity() -> str:
     return f"{socket.gethostname()} {boot}"
 
 
+def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
+    """Every rank's value, in rank order. Pickled, so for what is found out once, not for tensors.
+
+    On NCCL the host waits for the GPU.
+    """
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def consecutive_ranks(hosts: list[str]) -> int | None:
     """Ranks per host if hosts hold equally many consecutive ranks, the last perhaps fewer."""
     per_host = next((n for n, host in enumerate(hosts) if host != hosts[0]), len(hosts))
@@ -73,7 +84,7 @@ def consecutive_ranks(hosts: list[str]) -> int | None:
 
 
 def _measure(group: dist.ProcessGroup, device: torch.device) -> Topology:
-    hosts = _gather(host_identity(), group)
+    hosts = gather_objects(host_identity(), group)
     line, ranks = Line.whole(group), group.size()
     near = [a == b for a, b in pairwise(hosts)]
     far = [not is_near for is_near in near]
@@ -95,7 +106,7 @@ def _link(
     """The link that explains how long the slowest rank takes for a small and a large message."""
     sizes = [max(size // shares, 1) for size in (SMALL_BYTES, LARGE_BYTES[device.type])]
     mine = [_seconds(send, torch.zeros(size, dtype=torch.uint8, device=device)) for size in sizes]
-    small, large = (max(times) for times in zip(*_gather(mine, group), strict=True))
+    small, large = (max(times) for times in zip(*gather_objects(mine, group), strict=True))
     received = [size * max(shares - 1, 1) for size in sizes]
     # Where noise made the small message no faster, the large one's time is all wire.
     wire = large - small if large > small else large
@@ -135,10 +146,3 @@ def _shift(message: Tensor, line: Line, links: list[bool]) -> None:
 
 def _gather_once(message: Tensor, group: dist.ProcessGroup) -> None:
     all_gather(message.new_empty(group.size() * message.numel()), message, group=group)
-
-
-def _gather(value: T, group: dist.ProcessGroup) -> list[T]:
-    """Every rank's value, in rank order."""
-    values: list[T | None] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return [found for found in values if found is not None]
