@@ -12,13 +12,13 @@ import copy
 from torch import nn
 from transformers import PreTrainedModel
 
-from hybridsp.adapters import ADAPTERS, IMPLEMENTATION, Adapter, decoder_layers
+from hybridsp.adapters import ADAPTERS, IMPLEMENTATION, Adapter, decoder_layers, set_keep_attention
 from hybridsp.layout import head_shares
 from hybridsp.loss import install_tiled_loss
 from hybridsp.mesh import SPMesh
 
 
-def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
+def parallelize(model: PreTrainedModel, mesh: SPMesh, *, keep_attention: bool = True) -> None:
     """Make a causal language model compute on sequences cut over the mesh, in place.
 
     Afterwards the model takes batches made by `hybridsp.shard_batch` and returns the exact mean
@@ -27,6 +27,9 @@ def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
     Args:
         model: a causal language model of a family in `hybridsp.adapters`.
         mesh: the grid of ranks.
+        keep_attention: where activations are checkpointed, keep the output of softmax attention,
+            [tokens, query heads, head_dim] per softmax layer and rank, and do not compute it a
+            second time; False to spend the time and save the memory.
 
     Raises:
         ValueError: the family, a layer or an option of the model is not supported, or its heads
@@ -50,6 +53,7 @@ def parallelize(model: PreTrainedModel, mesh: SPMesh) -> None:
     install_tiled_loss(model, mesh)
     _give_own_config(model)
     for layer in layers:
+        set_keep_attention(layer, keep_attention)
         for mixer in adapter.mixers(layer).values():
             adapter.install(mixer, mesh)
     model.config._attn_implementation = IMPLEMENTATION

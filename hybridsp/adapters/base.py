@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from hybridsp.attention import softmax_attention
+from hybridsp.attention import KeepingAttention, softmax_attention
 from hybridsp.mesh import SPMesh
 
 IMPLEMENTATION = "hybridsp"
@@ -24,6 +24,28 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of a language model's decoder; empty where there is nothing like it."""
     lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
     return list(next(lists, []))
+
+
+def set_keep_attention(layer: nn.Module, keep: bool) -> None:
+    """Whether attention runs forward once where the layer's activations are checkpointed.
+
+    It does not matter whether checkpointing is switched on before this or later.
+    """
+    layer.keeps_attention = keep  # type: ignore[assignment]
+    if _choose_checkpoint not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_choose_checkpoint)
+
+
+def _choose_checkpoint(layer: Any, args: Any) -> None:
+    # transformers gives every layer its checkpointing function anew when checkpointing is switched
+    # on, so what the layer has is looked at when it is about to be used.
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if checkpoint is None:
+        return
+    if isinstance(checkpoint, KeepingAttention):
+        checkpoint = checkpoint.checkpoint
+    keeping = KeepingAttention(checkpoint) if layer.keeps_attention else checkpoint
+    layer._gradient_checkpointing_func = keeping
 
 
 class Adapter:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hybridsp.attention.keep import attend_once
 from hybridsp.attention.ring_plan import RingPlan
 from hybridsp.attention.ring_transport import transport_of
 from hybridsp.layout import Block
@@ -21,6 +22,8 @@ from hybridsp.ops.merge import merge_attention
 class RingAttention(torch.autograd.Function):
     """Attention of this rank's queries over the whole ring's keys.
 
+    A forward that checkpointing repeats is computed, and K, V travel, the first time only (`keep`).
+
     forward   q [B, Lz, Hq, D], k, v [B, Lz, Hkv, D] -> out [B, Lz, Hq, Dv]   K, V to all who need
     backward  dout -> dq, dk, dv           K, V to all who need, shares of dK, dV to their owners
     """
@@ -29,16 +32,7 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, plan):  # noqa: D102
         ctx.kv_dtype = k.dtype
         k, v = k.to(q.dtype), v.to(q.dtype)
-        visits = transport_of(plan, k, v).visits()
-        _, keys, values = next(visits)
-        out, lse = _own_attention(q, keys, values, plan)
-        for step, keys, values in visits:
-            for block in plan.blocks(step):
-                block_out, block_lse = _block_attention(q, keys, values, block, plan)
-                out[:, block.q], lse[:, block.q] = merge_attention(
-                    out[:, block.q], lse[:, block.q], block_out, block_lse
-                )
-        out = out.to(q.dtype)
+        out, lse = attend_once(lambda: _ring_attention(q, k, v, plan))
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -65,6 +59,20 @@ class RingAttention(torch.autograd.Function):
             transport.send_home(step, step_dk, step_dv, dk, dv)
         transport.collect(dk, dv)
         return dq.to(q.dtype), dk.to(ctx.kv_dtype), dv.to(ctx.kv_dtype), None
+
+
+def _ring_attention(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan) -> tuple[Tensor, Tensor]:
+    """Out [B, Lz, Hq, Dv] in q's dtype and lse [B, Lz, Hq] fp32 over the whole ring's keys."""
+    visits = transport_of(plan, k, v).visits()
+    _, keys, values = next(visits)
+    out, lse = _own_attention(q, keys, values, plan)
+    for step, keys, values in visits:
+        for block in plan.blocks(step):
+            block_out, block_lse = _block_attention(q, keys, values, block, plan)
+            out[:, block.q], lse[:, block.q] = merge_attention(
+                out[:, block.q], lse[:, block.q], block_out, block_lse
+            )
+    return out.to(q.dtype), lse
 
 
 def _own_attention(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan) -> tuple[Tensor, Tensor]:

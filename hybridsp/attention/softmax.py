@@ -3,7 +3,8 @@
 One all-to-all over the SP group trades most heads for more tokens and puts those in an order that
 gives every rank of the ring the same work; then K and V go around the ring, or to all of it at
 once, while each rank computes attention of its queries over the keys it holds (`ring.py`); one
-all-to-all goes back.
+all-to-all goes back. In a layer that checkpointing computes twice, the part between the two
+all-to-alls runs once (`keep.py`).
 """
 
 from __future__ import annotations
