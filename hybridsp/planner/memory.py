@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from hybridsp.planner.activations import LayerBytes, layer_bytes, norm_kept
 from hybridsp.planner.hardware import GIB, Cluster
-from hybridsp.planner.model import ModelShape
+from hybridsp.planner.model import SOFTMAX, ModelShape
 from hybridsp.planner.setting import Setting
 
 # Assumptions, not measured: what CUDA, its libraries and loaded kernels take beside PyTorch's
@@ -188,7 +188,12 @@ def _between_layers(
     final = norm_kept(tokens, c.hidden_size, e) + one
     if setting.checkpointing:
         held = min(2, model.num_layers) if _offloads(setting) else model.num_layers
-        return {"layer inputs": held * one, "token data and final norm": shared + final}
+        items = {"layer inputs": held * one, "token data and final norm": shared + final}
+        if model.count(SOFTMAX) and "keep_attention" in setting.features:
+            # What each softmax layer keeps for its recomputation: out, and lse in fp32.
+            of_a_token = c.num_attention_heads * (e * c.head_dim + 4)
+            items["kept attention"] = model.count(SOFTMAX) * tokens * of_a_token
+        return items
     kept = sum(model.count(kind) * layer.kept for kind, layer in layers.items())
     return {"activations of all layers": kept, "token data and final norm": shared + final}
 

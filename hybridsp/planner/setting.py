@@ -29,7 +29,7 @@ FEATURES = {
     ),
     "keep_attention": Feature(
         what="checkpointing keeps softmax attention's output, so that it runs forward once",
-        available=False,
+        available=True,
     ),
     "tiled_mlp": Feature(what="the MLP computed for some tokens at a time", available=False),
     "offload_activations": Feature(
