@@ -35,7 +35,7 @@ from hybridsp.bench.linear_ops import (
     make_inputs,
     parallel_op,
 )
-from hybridsp.bench.options import add_common, human_bytes, names, size, sizes
+from hybridsp.bench.options import add_common, add_layer, human_bytes, names
 from hybridsp.bench.report import (
     environment,
     finish_panel,
@@ -73,24 +73,17 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `hybridsp bench linear`."""
-    parser.add_argument(
-        "--tokens-per-rank",
-        type=sizes,
-        metavar="L,...",
-        help="default 8K,32K,128K on GPUs, 512,2K on CPUs",
+    add_layer(
+        parser,
+        cpu_tokens="512,2K",
+        dims={"--heads": 16, "--key-dim": 128, "--value-dim": 128},
+        dtypes=tuple(DTYPES),
     )
-    for name, default in (("--heads", 16), ("--key-dim", 128), ("--value-dim", 128)):
-        parser.add_argument(
-            name, type=size, default=default, metavar="N", help="default %(default)s"
-        )
     parser.add_argument(
         "--decay",
         choices=("vector", "scalar"),
         default="vector",
         help="a gate per key channel or per head; default %(default)s",
-    )
-    parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="bf16", help="of q, k, v; default %(default)s"
     )
     parser.add_argument(
         "--methods",

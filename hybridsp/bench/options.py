@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -63,6 +63,36 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "--trace",
         action="store_true",
         help="save torch.profiler traces (chrome://tracing, ui.perfetto.dev)",
+    )
+
+
+def add_layer(
+    parser: argparse.ArgumentParser,
+    *,
+    cpu_tokens: str,
+    dims: Mapping[str, int],
+    dtypes: Sequence[str],
+) -> None:
+    """Options of a benchmark of a layer: its tokens, sizes and dtype.
+
+    Args:
+        parser: gets the options.
+        cpu_tokens: the default lengths on CPUs, as help shows them.
+        dims: option of each size, and its default.
+        dtypes: of q, k, v; the default is bf16.
+    """
+    parser.add_argument(
+        "--tokens-per-rank",
+        type=sizes,
+        metavar="L,...",
+        help=f"default 8K,32K,128K on GPUs, {cpu_tokens} on CPUs",
+    )
+    for name, default in dims.items():
+        parser.add_argument(
+            name, type=size, default=default, metavar="N", help="default %(default)s"
+        )
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="bf16", help="of q, k, v; default %(default)s"
     )
 
 

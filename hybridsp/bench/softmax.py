@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hybridsp.attention.ring_plan import VARIANTS
 from hybridsp.bench import softmax_check, trace
 from hybridsp.bench.job import attempt, job, one_voice
-from hybridsp.bench.options import add_common, names, size, sizes
+from hybridsp.bench.options import add_common, add_layer, names, size, sizes
 from hybridsp.bench.report import (
     environment,
     make_folder,
@@ -112,18 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_layer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokens-per-rank",
-        type=sizes,
-        metavar="L,...",
-        help="default 8K,32K,128K on GPUs, 128,512 on CPUs",
-    )
-    for name, default in (("--heads", 32), ("--kv-heads", 8), ("--head-dim", 128)):
-        parser.add_argument(
-            name, type=size, default=default, metavar="N", help="default %(default)s"
-        )
-    parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="bf16", help="of q, k, v; default %(default)s"
+    add_layer(
+        parser,
+        cpu_tokens="128,512",
+        dims={"--heads": 32, "--kv-heads": 8, "--head-dim": 128},
+        dtypes=tuple(DTYPES),
     )
     parser.add_argument(
         "--documents",
