@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 
-def in_fresh_interpreter(function: Callable[[], Any], timeout: float, **environment: str) -> Any:
-    """What a module-level function without arguments returns there; it travels as JSON."""
-    module = function.__module__
-    code = f"import json, {module}; print(json.dumps({module}.{function.__name__}()))"
+def in_fresh_interpreter(
+    function: Callable[..., Any], *arguments: Any, timeout: float, **environment: str
+) -> Any:
+    """What a module-level function returns there; it and its arguments travel as JSON."""
+    call = f"{function.__module__}.{function.__name__}(*json.loads({json.dumps(arguments)!r}))"
+    code = f"import json, {function.__module__}; print(json.dumps({call}))"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,

@@ -4,12 +4,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from triton_signatures import source_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-
-SIZES = {"length", "chunks", "stretch_chunks", "stretches", "first_bh", "first_stretch"}
-SIZES |= {"first_chunk", "part_chunks", "v_parts", "tokens"}
-EXACT = {"g", "kept", "pairs", "entering", "until", "incoming", "ends", "decays", "crossed"}
 
 
 def shared_bytes_of_the_widest_kernel(key_dim, value_dim, dtype, capability):
@@ -26,24 +23,8 @@ def shared_bytes_of_the_widest_kernel(key_dim, value_dim, dtype, capability):
     precision = "tf32" if dtype == torch.bfloat16 else "tf32x3"
     known = {"H": 4, "K": key_dim, "V": value_dim, "G": key_dim, **blocks, **flags}
     known |= {"CROSS": False, "PRECISION": precision}
-    names = walk_kernel.arg_names
     element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-
-    def kind(name):
-        if name in known:
-            return "constexpr"
-        if name in SIZES:
-            return "i32"
-        return "fp32" if name == "scale" else "*fp32" if name in EXACT else element
-
-    signature = {name: kind(name) for name in names}
-    constants = {(names.index(name),): value for name, value in known.items()}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*")
-    }
-    source = triton.compiler.ASTSource(walk_kernel, signature, constants, aligned)
+    source = source_of(walk_kernel, known, element)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return compiled.metadata.shared

@@ -60,8 +60,11 @@ def run(args: argparse.Namespace) -> None:
     """Run `hybridsp bench tune`."""
     if not torch.cuda.is_available():
         raise ValueError("bench tune times Triton's kernels and needs a CUDA device; found none")
-    from hybridsp.ops.gla.triton import tuning
+    from hybridsp.ops.gla.triton import assembler, tuning
 
+    reason = assembler.why_not(torch.cuda.get_device_capability())
+    if reason is not None:
+        raise ValueError(f"bench tune cannot compile Triton's kernels: {reason}")
     cases = _cases(args)
     tasks = [
         (case, kernel, launch, args.tokens)
@@ -92,8 +95,7 @@ def candidates(kernel: Kernel, key_dim: int, value_dim: int) -> Iterator[Launch]
     from hybridsp.ops.gla.triton.tuning import Launch, power_of_two
 
     rows, columns = power_of_two(key_dim), power_of_two(value_dim)
-    # BK, BV, warps, stages, registers. Loops have two stages at least: with one, Triton 3.6 on
-    # Hopper now and then reads where it must not, with narrow blocks and 4 warps.
+    # BK, BV, warps, stages, registers
     grids = {
         "prepare": ((32, 64, 128), (16,), (4, 8), (1,), (0, 168, 128)),
         "states": ((64, 128), (64, 128), (4, 8), (2, 3), (0,)),

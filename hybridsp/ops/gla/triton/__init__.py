@@ -1,6 +1,7 @@
 """Gated linear attention by Triton kernels; `passes.py` says which kernel does what.
 
 tuning.py     how each kernel is launched, from files that ship with the package
+assembler.py  which ptxas makes machine code of them
 plan.py       how a span is cut in chunks, stretches and parts
 blocks.py     what every kernel does with a chunk
 prepare.py    what a chunk's gates make of q and k
@@ -15,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from hybridsp.ops.gla.contract import Backend, Tokens
+from hybridsp.ops.gla.triton import assembler
 from hybridsp.ops.gla.triton.passes import TritonBackward, TritonForward
 from hybridsp.ops.gla.triton.tuning import shared_bytes
 
@@ -49,7 +51,7 @@ def why_not(tokens: Tokens) -> str | None:
             f"K = {key_dim} in {tokens.q.dtype} takes {needed:,} bytes of shared memory, and "
             f"{chip.name} has {found:,}"
         )
-    return None
+    return assembler.why_not(capability)
 
 
 BACKEND = Backend(name="triton", forward=TritonForward, backward=TritonBackward, why_not=why_not)
