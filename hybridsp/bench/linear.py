@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hybridsp.attention.linear import METHODS
-from hybridsp.bench import linear_check, trace
+from hybridsp.bench import linear_check, linear_kernels, trace
 from hybridsp.bench.job import attempt, job, one_voice
 from hybridsp.bench.linear_ops import (
     DTYPES,
@@ -112,11 +113,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also compare outputs and gradients with a naive recurrence, for four kinds of gates",
     )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="also time each Triton kernel at the longest length, beside its own memory floor",
+    )
     add_common(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run `hybridsp bench linear`."""
+    with one_voice():
+        _check(args)
     with job() as mesh:
         with one_voice():
             folder = mesh.on_rank_zero(make_folder, "linear", args.out)
@@ -138,6 +146,7 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[st
         "copy_bytes_per_second": bandwidth,
         "cases": rows,
         "checks": linear_check.check_all(args, mesh) if args.check else [],
+        "kernels": _kernels(args, mesh, bandwidth) if args.kernels else [],
         "traces": traces,
     }
 
@@ -273,6 +282,22 @@ def _trace(case: Case, args: argparse.Namespace, mesh: SPMesh, path: Path) -> st
     return trace.record(partial(call, op, inputs), mesh, path)
 
 
+def _kernels(args: argparse.Namespace, mesh: SPMesh, bandwidth: float) -> list[dict[str, Any]]:
+    """This rank's, without communication; the record holds rank 0's."""
+    longest = max(case.shape.tokens for case in cases(args, mesh))
+    inputs = make_inputs(shape_of(args, longest), mesh.device, seed=mesh.rank)
+    rows, reason = attempt(
+        lambda: linear_kernels.kernel_rows(local_op("triton"), inputs, bandwidth), mesh
+    )
+    return rows or [{"job": "none", "reason": reason}]
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that fit no job."""
+    if args.kernels and not torch.cuda.is_available():
+        raise ValueError("--kernels profiles Triton's kernels and needs a CUDA device; found none")
+
+
 def table_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What `COLUMNS` shows of the record's rows; the last columns are of the widest pass."""
     shown = []
@@ -311,6 +336,8 @@ def describe(record: dict[str, Any], folder: Path) -> str:
     parts = [title, format_table(COLUMNS, table_rows(record["cases"]))]
     if record["checks"]:
         parts += [linear_check.TITLE, format_table(linear_check.COLUMNS, record["checks"])]
+    if record["kernels"]:
+        parts += [linear_kernels.TITLE, format_table(linear_kernels.COLUMNS, record["kernels"])]
     parts += record["traces"]
     return "\n\n".join([*parts, f"written to {folder}"])
 
