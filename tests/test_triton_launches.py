@@ -23,6 +23,8 @@ def shared_bytes_of_the_widest_kernel(key_dim, value_dim, dtype, capability):
     precision = "tf32" if dtype == torch.bfloat16 else "tf32x3"
     known = {"H": 4, "K": key_dim, "V": value_dim, "G": key_dim, **blocks, **flags}
     known |= {"CROSS": False, "PRECISION": precision}
+    if dtype == torch.float32:
+        known["dtails"] = None
     element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     source = source_of(walk_kernel, known, element)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

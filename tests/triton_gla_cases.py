@@ -6,7 +6,7 @@ nothing else in this file may do, and tries every case in that one process.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from cases import case
 from distributed import strict
-from gla_cases import SCALE, Inputs, errors, exact_results, make_inputs, named
+from gla_cases import GATES, SCALE, Inputs, errors, exact_results, make_inputs, named
+from interpreter_bf16 import right_bf16
 from torch import Tensor
 
 DECAYS = {"channel": True, "head": False}
@@ -155,6 +156,28 @@ def interpret() -> dict[str, dict[str, list[float]]]:
         # Kernels for mild chunks overflow in strong ones, where others write over the result.
         with case(name), strict(), np.errstate(over="ignore", invalid="ignore"):
             found[name] = errors_of(one)
+    return found
+
+
+def interpret_in_bf16() -> dict[str, dict[str, list[float]]]:
+    """The same of a few cases in bf16."""
+    torch.set_num_threads(1)
+    parts = {"PROGRAMS_PER_PROCESSOR": 1000, "WORKSPACE_BYTES": 2**14}
+    chosen = {
+        "all gates": Case(inputs={"length": 130, "gates": list(GATES)}),
+        "gates at 1": Case(
+            inputs={"length": 1024, "gates": ["open"], "key_dim": 16, "value_dim": 16}
+        ),
+        "documents, in parts": Case(
+            inputs={"length": 200, "heads": 2, "starts": (20, 64, 150)}, constants=parts, cut=(4, 4)
+        ),
+    }
+    found = {}
+    for (decay, channels), (name, one) in product(DECAYS.items(), chosen.items()):
+        sizes = {**SMALL, **one.inputs, "channels": channels}
+        rounded = replace(one, inputs=sizes, change=lambda inputs: inputs.to(torch.bfloat16))
+        with right_bf16(), strict(), np.errstate(over="ignore", invalid="ignore"):
+            found[f"{decay}: {name}"] = errors_of(rounded)
     return found
 
 

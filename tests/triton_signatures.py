@@ -1,7 +1,7 @@
 """Kernels as Triton's compiler takes them where there is no GPU to launch them on."""
 
 FP32 = {"g", "kept", "pairs", "entering", "until", "incoming", "ends", "decays", "crossed", "dg"}
-OTHERS = {"scale": "fp32", "strong": "*i8", "documents": "*i32"}
+OTHERS = {"scale": "fp32", "strong": "*i8", "dtails": "*i8", "documents": "*i32"}
 
 
 def source_of(kernel, known, element):

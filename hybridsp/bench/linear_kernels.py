@@ -118,14 +118,15 @@ def _jobs(inputs: Inputs) -> Iterator[Job]:
         share = len(part.heads) * plan.num_chunks(part) / (heads * plan.chunks)
         chunks = len(part.heads) * plan.num_chunks(part) * plan.K
         state, crossed = chunks * plan.V * inputs.q.element_size(), chunks * plan.v_parts * exact
+        tails = 0 if inputs.q.dtype == torch.float32 else chunks * plan.V
 
         def whole(*parts: int, share: float = share) -> int:
             return int(share * sum(parts))
 
         mine = whole(2 * q, 2 * v, kept, pairs, stretches)
-        yield job("dv, gradients of chunks", "walk", mine, state)
+        yield job("dv, gradients of chunks", "walk", mine, state, tails)
         mine = whole(q, v, kept, stretches)
-        yield job("states of chunks", "walk", mine, 2 * state, crossed)
+        yield job("states of chunks", "walk", mine, 2 * state, tails, crossed)
         mine = whole(4 * q, 2 * v, 2 * g)
         yield job("dq, dk, dg", "gradient", mine, 2 * state, crossed)
         if plan.channels:

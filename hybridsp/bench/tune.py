@@ -162,8 +162,10 @@ class _Work:
         if kernel != "prepare":
             self.prepared.make_all()
             self.chunks = passes.ChunkStates(plan, plan.whole)
-            for states in (self.chunks.states, self.chunks.dstates, self.chunks.crossed):
-                states.zero_()
+            chunks = self.chunks
+            for states in (chunks.states, chunks.dstates, chunks.dtails, chunks.crossed):
+                if states is not None:
+                    states.zero_()
         if kernel == "output":
             self.span = passes.Span(plan, self.prepared, plan.v, reverse=False)
             self.gradient = passes.Span(plan, self.prepared, dout, reverse=True)

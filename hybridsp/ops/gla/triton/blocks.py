@@ -109,6 +109,21 @@ def exact_product(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def tail_of(block):
+    """What bf16 leaves of fp32 `block`, int8: the next 8 bits, to be added to its digits."""
+    rounded = block.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    left = block.to(tl.int32, bitcast=True) - rounded
+    return tl.minimum((left + 128) >> 8, 127).to(tl.int8)
+
+
+@triton.jit
+def with_tail(rounded, tail):
+    """fp32 from bf16 and its `tail_of`."""
+    bits = rounded.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return (bits + (tail.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def power(exponent):
     """2 ** exponent in fp32."""
     return tl.exp2(exponent.to(tl.float32))

@@ -171,6 +171,7 @@ class Span:
             prepared.read, prepared.written, prepared.kept, self.y, prepared.pairs,
             self.states, self.until, None if incoming is None else incoming.contiguous(),
             out, keep, None if chunks is None else chunks.dstates,
+            None if chunks is None else chunks.dtails,
             None if chunks is None else chunks.crossed, self.states, self.decays,
             plan.scale, plan.length, plan.chunks, plan.stretch_chunks, plan.stretches,
             part.heads.start, part.stretches.start, plan.num_chunks(part),
@@ -184,14 +185,17 @@ class Span:
 class ChunkStates:
     """States and gradients at the chunks of a part, in the dtype of products.
 
-    `states`, `dstates` [heads, chunks, K, V], `crossed` [blocks of V, heads, chunks, K] fp32 as in
-    `walk_kernel`, which fills dstates first.
+    `states`, `dstates` [heads, chunks, K, V], `dtails` like them, int8, or None where dstates are
+    fp32, `crossed` [blocks of V, heads, chunks, K] fp32 as in `walk_kernel`, which fills dstates
+    first.
     """
 
     def __init__(self, plan: Plan, part: Part) -> None:
         shape = (len(part.heads), plan.num_chunks(part), plan.K)
         self.states = plan.empty(*shape, plan.V, dtype=plan.q.dtype)
         self.dstates = plan.empty(*shape, plan.V, dtype=plan.q.dtype)
+        exact = plan.q.dtype == torch.float32
+        self.dtails = None if exact else plan.empty(*shape, plan.V, dtype=torch.int8)
         self.crossed = plan.empty(plan.v_parts, *shape)
 
 

@@ -97,7 +97,8 @@ class Plan:
     def parts(self) -> Iterator[Part]:
         """The span in parts whose states fit the workspace, as far as a stretch allows."""
         in_states = self.v_parts * self.K * torch.float32.itemsize
-        each = 2 * self.K * self.V * self.q.element_size() + in_states
+        tails = 0 if self.q.dtype == torch.float32 else torch.int8.itemsize
+        each = (2 * self.q.element_size() + tails) * self.K * self.V + in_states
         chunks = max(WORKSPACE_BYTES // each, 1)
         heads = max(chunks // self.chunks, 1)
         stretches = max(chunks // self.stretch_chunks, 1)

@@ -19,14 +19,21 @@ walk, as decay x state, and so costs no pass of its own.
 import triton
 import triton.language as tl
 
-from hybridsp.ops.gla.triton.blocks import SIZES, exact_product, load_block, store_block
+from hybridsp.ops.gla.triton.blocks import (
+    SIZES,
+    exact_product,
+    load_block,
+    store_block,
+    tail_of,
+    with_tail,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_kernel(
-    read, written, kept, y, pairs, entering, until, incoming, out, chunk_states, dstates, crossed,
-    ends, decays, scale, length, chunks, stretch_chunks, stretches, first_bh, first_stretch,
-    part_chunks,
+    read, written, kept, y, pairs, entering, until, incoming, out, chunk_states, dstates, dtails,
+    crossed, ends, decays, scale, length, chunks, stretch_chunks, stretches, first_bh,
+    first_stretch, part_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BG: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
     ENTER: tl.constexpr, INCOMING: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
@@ -47,7 +54,9 @@ def walk_kernel(
     KEEP: the state before each chunk, in reverse scale x D behind it, to chunk_states
     [heads, part_chunks, K, V] of the part of the span from first_bh and first_stretch on.
     CROSS: with dstates, what KEEP left in reverse, the sum over the block's columns of S dS to
-    crossed [blocks of V, heads, part_chunks, K].
+    crossed [blocks of V, heads, part_chunks, K]. With gates at 1 it is nearly all there is of dg,
+    and rounding dS to bf16 would be nearly all of dg's error: where dstates are bf16, KEEP leaves
+    their tails beside them.
     """
     block, bh = tl.program_id(0), first_bh + tl.program_id(2)
     stretch = first_stretch + tl.program_id(1)
@@ -85,12 +94,18 @@ def walk_kernel(
             crossing = load_block(read + token * K, H * K, left, column, C, BK, K)
         gate_tile = kept + (bh.to(tl.int64) * chunks + chunk) * G
         passing = tl.load(gate_tile + gates, mask=gates < G, other=1.0)
+        tile = chunk_place * K * V + inner
         if KEEP:
-            tile = chunk_states + chunk_place * K * V + inner
-            store_block(tile, state * unit, V, K - column, v_column, BK, BV, V)
+            before = state * unit
+            store_block(chunk_states + tile, before, V, K - column, v_column, BK, BV, V)
+            if REVERSE and dtails is not None:
+                tail = tail_of(before)
+                store_block(dtails + tile, tail, V, K - column, v_column, BK, BV, V)
         if CROSS:
-            dtile = dstates + chunk_place * K * V + inner
-            dstate = load_block(dtile, V, K - column, v_column, BK, BV, V).to(tl.float32)
+            dstate = load_block(dstates + tile, V, K - column, v_column, BK, BV, V)
+            if dtails is not None:
+                tail = load_block(dtails + tile, V, K - column, v_column, BK, BV, V)
+                dstate = with_tail(dstate, tail)
             rows = column + tl.arange(0, BK)
             line = v_block * tl.num_programs(2).to(tl.int64) * part_chunks + chunk_place
             tl.store(crossed + line * K + rows, tl.sum(state * dstate, axis=1), mask=rows < K)

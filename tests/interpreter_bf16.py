@@ -1,0 +1,48 @@
+"""bf16 under Triton's interpreter, which stores it as 16-bit integers and computes with those.
+
+Products of matrices and rounding are what the kernels do with bf16; `right_bf16` makes both right.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def right_bf16() -> Iterator[None]:
+    """Products as tensor cores do them, exact and summed in fp32; rounding to the nearest even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, precisions = interpreter._convert_float, "allowed_dot_input_precisions"
+
+    def widened(numbers: np.ndarray) -> np.ndarray:
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
+
+    def rounded(numbers: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+        return tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+    def right_convert(numbers, source, target, rounding_mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return rounded(numbers)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return widened(numbers)
+        return convert(numbers, source, target, rounding_mode)
+
+    def right_dot(self, a, b, total, input_precision, max_num_imprecise_acc):
+        left, right = (widened(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
+        product = np.matmul(left, right, dtype=total.data.dtype)
+        return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
+
+    options = interpreter.interpreter_builder.options
+    allowed = (*getattr(options, precisions), "bf16x3")
+    with (
+        mock.patch.object(interpreter, "_convert_float", right_convert),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_dot", right_dot),
+        mock.patch.dict(vars(options), {precisions: allowed}),
+    ):
+        yield
