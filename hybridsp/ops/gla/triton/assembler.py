@@ -4,7 +4,7 @@ ptxas 12.8, which Triton 3.4 to 3.7 bring along for Hopper, miscompiles them the
 to the 64-bit descriptors of wgmma's operands with one register in place of both halves, so that a
 product reads shared memory at a random address. Kernels in which a descriptor is the very start of
 shared memory are hit, some on every launch. ptxas 12.9 is sound, and Triton 3.6 and later bring it
-too, for Blackwell. docs/correctness.md says how this was found.
+too, for Blackwell. docs/performance.md says how this was found.
 """
 
 from __future__ import annotations
