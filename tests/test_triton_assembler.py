@@ -47,11 +47,23 @@ def test_a_sound_one_that_the_user_chose_is_kept(tmp_path):
     assert in_fresh_interpreter(asked, HOPPER, timeout=60, **{PATH: chosen}) == [None, chosen]
 
 
-def test_an_unsound_one_that_the_user_chose_is_refused(tmp_path):
-    chosen = str(fake_ptxas(tmp_path, "12.8"))
-    reason, path = in_fresh_interpreter(asked, HOPPER, timeout=60, **{PATH: chosen})
-    assert path == chosen
-    assert f"ptxas 12.8 at {chosen} miscompiles" in reason
+def test_processes_started_from_this_one_get_it_too():
+    (reason, path), inherited = in_fresh_interpreter(asked_in_a_child, timeout=60)
+    assert reason is None
+    assert inherited == path
+
+
+def asked_in_a_child():
+    answer = asked(HOPPER)
+    return answer, os.environ[PATH]
+
+
+def test_where_all_are_unsound_the_kernels_are_refused(tmp_path):
+    unsound = str(fake_ptxas(tmp_path, "12.8"))
+    tools = {PATH: unsound, "TRITON_PTXAS_BLACKWELL_PATH": unsound, "PATH": "/bin"}
+    reason, path = in_fresh_interpreter(asked, HOPPER, timeout=60, **tools)
+    assert path == unsound
+    assert f"ptxas 12.8 at {unsound} miscompiles" in reason
     assert "CUDA 12.9 or later" in reason
 
 

@@ -10,14 +10,12 @@ too, for Blackwell. docs/performance.md says how this was found.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 SOUND = (12, 9)
-PATH = "TRITON_PTXAS_PATH"
 _log = logging.getLogger(__name__)
 
 
@@ -25,26 +23,25 @@ _log = logging.getLogger(__name__)
 def why_not(capability: tuple[int, int]) -> str | None:
     """What keeps the kernels from being assembled for a chip, or None.
 
-    Makes Triton use a sound ptxas (by TRITON_PTXAS_PATH, so that processes started from this one
-    do too) where its own is not and the user has chosen none.
+    Makes Triton use a sound ptxas, in this process and those that it starts, where the one that it
+    takes is not.
 
     Args:
         capability: of the chip; (9, 0) is Hopper.
     """
     from triton import knobs
 
-    if capability[0] != 9 or _version(knobs.nvidia.ptxas.version) >= SOUND:
-        return None
-    if PATH not in os.environ:
-        for tool in _others():
-            if _version(tool.version) >= SOUND:
-                os.environ[PATH] = tool.path
-                _log.info("ptxas %s at %s, for Hopper", tool.version, tool.path)
-                return None
     used = knobs.nvidia.ptxas
+    if capability[0] != 9 or _version(used.version) >= SOUND:
+        return None
+    for tool in _others():
+        if _version(tool.version) >= SOUND:
+            knobs.nvidia.ptxas = tool.path
+            _log.info("ptxas %s at %s in place of %s", tool.version, tool.path, used.version)
+            return None
     return (
-        f"ptxas {used.version} at {used.path} miscompiles them for Hopper; set {PATH} to the ptxas "
-        "of CUDA 12.9 or later, or install Triton 3.6 or later"
+        f"ptxas {used.version} at {used.path} miscompiles them for Hopper; set TRITON_PTXAS_PATH "
+        "to the ptxas of CUDA 12.9 or later, or install Triton 3.6 or later"
     )
 
 
