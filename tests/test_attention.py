@@ -107,42 +107,47 @@ def test_softmax_attention(backend, ranks, subtests):
     check(ranks, cases, right_attention, subtests, backend)
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
+def heads_in_turn(number, ulysses):
+    """Another of HEADS for every number, of those that so many ranks can share."""
+    fitting = [heads for heads in HEADS if ulysses <= heads[0]]
+    return fitting[number % len(fitting)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_softmax_attention_of_skewed_documents(ranks, subtests):
-    """Some are cut over the ring, some whole on a rank; of 200 equal ones none is cut."""
-    total = 400
-    cases = {
-        f"ring {ring}, ulysses {ulysses}, {name} documents, {variant}": Case(
-            softmax_attention,
-            attention_inputs(1, total, (8, 2)),
-            ring=ring,
-            ulysses=ulysses,
-            bounds=bounds,
-            options={"variant": variant},
-        )
-        for ring, ulysses in splits(ranks)
-        for name, bounds in {
-            **{documents: skewed(total, documents) for documents in (1, 5, 20, 50)},
-            "200 equal": list(range(0, total + 1, 2)),
-        }.items()
-        for variant in (VARIANTS if ring > 1 else ["auto"])
-    }
+    """Some are cut over the ring, some whole on a rank; of 120 equal ones none is cut."""
+    total = 240
+    documents = {n: skewed(total, n) for n in (1, 5, 20, 50)}
+    documents["120 equal"] = list(range(0, total + 1, 2))
+    cases = {}
+    for (ring, ulysses), (number, name) in itertools.product(splits(ranks), enumerate(documents)):
+        heads = heads_in_turn(number + ring, ulysses)
+        for variant in VARIANTS if ring > 1 else ["auto"]:
+            label = f"ring {ring}, ulysses {ulysses}, heads {heads}, {name} documents, {variant}"
+            cases[label] = Case(
+                softmax_attention,
+                attention_inputs(1, total, heads),
+                ring=ring,
+                ulysses=ulysses,
+                bounds=documents[name],
+                options={"variant": variant},
+            )
     check(ranks, cases, right_attention, subtests)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_softmax_attention_in_a_window(ranks, subtests):
-    cases = {
-        f"window {window}, documents {name}": Case(
+    documents = {**DOCUMENTS, "skewed": skewed(TOTAL, 50)}
+    cases = {}
+    for number, (window, name) in enumerate(itertools.product((1, 5, 1000), documents)):
+        bounds, heads = documents[name], heads_in_turn(number, ranks)
+        cases[f"window {window}, heads {heads}, documents {name}"] = Case(
             softmax_attention,
-            attention_inputs(2 if bounds is None else 1, TOTAL, (8, 2)),
+            attention_inputs(2 if bounds is None else 1, TOTAL, heads),
             ulysses=ranks,
             bounds=bounds,
             options={"window": window},
         )
-        for window in (1, 5, 1000)
-        for name, bounds in DOCUMENTS.items()
-    }
     check(ranks, cases, right_windowed_attention, subtests)
 
 
@@ -151,7 +156,13 @@ def test_softmax_attention_of_lengths_that_no_half_chunk_divides(ranks, subtests
     cases = {}
     for (ring, ulysses), length in itertools.product(splits(ranks), [1, 3]):
         total = length * ranks
-        for name, bounds, batch in [("one", None, 2), ("two", [0, 1, total], 1)]:
+        # Of single tokens the ring's first rank gets all, and the others none.
+        alone = list(range(total + 1))
+        for name, bounds, batch in [
+            ("one", None, 2),
+            ("two", [0, 1, total], 1),
+            ("alone", alone, 1),
+        ]:
             cases[f"ring {ring}, ulysses {ulysses}, {length} tokens, documents {name}"] = Case(
                 softmax_attention,
                 attention_inputs(batch, total, (4, 2)),
@@ -212,6 +223,9 @@ def misfits():
     calls = {
         "Hkv divides Hq": lambda: softmax_attention(q[:, :, :3], k, v, mesh=mesh),
         r"v \(1, 7, 2, 5\) do not fit": lambda: softmax_attention(q, k, v[:, :7], mesh=mesh),
+        r"q \(1, 8, 4\).* do not fit": lambda: softmax_attention(q[..., 0], k, v, mesh=mesh),
+        "none of them 0": lambda: softmax_attention(q[:, :0], k[:, :0], v[:, :0], mesh=mesh),
+        "on cpu, meta, cpu": lambda: softmax_attention(q, k.to("meta"), v, mesh=mesh),
         "q, k, v have dtypes": lambda: softmax_attention(q, k, v.double(), mesh=mesh),
         "from 0 to the sequence's 16": lambda: softmax_attention(
             q, k, v, mesh=mesh, cu_seqlens=torch.tensor([0, 8])

@@ -6,6 +6,7 @@ import gc
 import itertools
 import time
 from collections import Counter
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hybridsp
 from hybridsp.attention import KeepingAttention, ring, softmax_attention
 from hybridsp.collectives import RingExchange
+from hybridsp.ops.softmax import plain
 
 PRELOAD += DEEPSPEED
 
@@ -64,7 +66,7 @@ def parallel(kind, mesh, *, kwargs=None, **options):
 @contextlib.contextmanager
 def watched(variant="ring"):
     """Count attention's forwards and the messages of its ring; see what of its results is alive."""
-    seen, memory, attend = Counter(), [], ring._ring_attention
+    seen, memory, attend = Counter(), [], ring.attend
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -89,11 +91,15 @@ def watched(variant="ring"):
         return not alive()
 
     seen.alive, seen.all_gone = alive, all_gone
-    blocks = counted("blocks", ring._block_attention)
+    blocks = replace(plain.BACKEND, forward=counted("blocks", plain.block_attention))
     post = counted("messages", RingExchange.post)
+
+    def chosen(*_, **__):  # a Mock would keep what it was called with
+        return blocks
+
     with (
-        mock.patch.object(ring, "_ring_attention", counted("attention", watched_attend)),
-        mock.patch.object(ring, "_block_attention", blocks),
+        mock.patch.object(ring, "attend", counted("attention", watched_attend)),
+        mock.patch("hybridsp.attention.softmax.choose_backend", chosen),
         mock.patch.object(RingExchange, "post", post),
         mock.patch("hybridsp.attention.softmax.choose_variant", return_value=variant),
     ):

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 
 from hybridsp.collectives import KVGather, RingExchange
+from hybridsp.collectives.message import pack, pack_padded, unpack
 
 
 def message(rank, step):
@@ -18,28 +19,32 @@ def shapes(tensors):
     return [x.shape for x in tensors]
 
 
+def length(tensors):
+    return sum(x.numel() for x in tensors)
+
+
 def once_around():
     """Pass on what came, as the ring of attention does; every rank sees every message."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    exchange, held = RingExchange(dist.group.WORLD), message(rank, 0)
+    exchange, held = RingExchange(dist.group.WORLD), pack(message(rank, 0))
     for step in range(1, size + 1):
         expected = message((rank - step) % size, 0)
-        exchange.post(held, shapes(expected))
-        for x in held:
-            x.fill_(float("nan"))  # the exchange keeps its own copy
+        exchange.post(held, length(expected))
         held = exchange.wait()
-        torch.testing.assert_close(held, expected, rtol=0, atol=0)
+        got = unpack(held, shapes(expected))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def straight_home():
-    """To the rank that a message belongs to, however far, and to oneself."""
+    """To the rank that a message belongs to, however far."""
     rank, size = dist.get_rank(), dist.get_world_size()
     exchange = RingExchange(dist.group.WORLD)
-    for shift in range(-size, size + 1):
+    for shift in [*range(1 - size, 0), *range(1, size)]:
         expected = message((rank - shift) % size, shift)
-        exchange.post(message(rank, shift), shapes(expected), shift=shift)
+        exchange.post(pack(message(rank, shift)), length(expected), shift=shift)
         assert exchange.in_flight
-        torch.testing.assert_close(exchange.wait(), expected, rtol=0, atol=0)
+        got = unpack(exchange.wait(), shapes(expected))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
         assert not exchange.in_flight
 
 
@@ -67,9 +72,9 @@ def two_in_flight():
     for step in range(0, 6, 2):
         posts = [(first, step), (second, step + 1)]
         for exchange, number in posts if rank else reversed(posts):
-            exchange.post(message(rank, number), shapes(message(left, number)))
+            exchange.post(pack(message(rank, number)), length(message(left, number)))
         got = second.wait(), first.wait()
-        expected = message(left, step + 1), message(left, step)
+        expected = pack(message(left, step + 1)), pack(message(left, step))
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -77,14 +82,29 @@ def strided_and_narrow():
     """A transposed bf16 tensor arrives as it looks, not as it lies in memory."""
     exchange = RingExchange(dist.group.WORLD)
     x = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T + dist.get_rank()
-    exchange.post([x], [x.shape])
-    (got,) = exchange.wait()
+    exchange.post(pack([x]), x.numel())
+    (got,) = unpack(exchange.wait(), [x.shape])
     assert got.dtype == torch.bfloat16
     left = (dist.get_rank() - 1) % dist.get_world_size()
     torch.testing.assert_close(got, x - dist.get_rank() + left, rtol=0, atol=0)
 
 
+def packed():
+    """A message is a copy; what is unpacked are views; messages of one length may be padded."""
+    tensors, narrow = message(1, 1), [torch.ones(1, 3)]
+    laid, padded = pack(tensors), pack_padded([tensors, narrow], 20)
+    assert laid.tolist() == [11.0] * (12 + 2)
+    assert padded.tolist() == [*[11.0] * 14, *[0.0] * 6, *[1.0] * 3, *[0.0] * 17]
+    for x in tensors:
+        x.fill_(float("nan"))
+    for whole in (laid, padded):
+        torch.testing.assert_close(unpack(whole, shapes(tensors)), message(1, 1), rtol=0, atol=0)
+    unpack(laid, shapes(tensors))[0].fill_(2)
+    assert laid.tolist() == [*[2.0] * 12, *[11.0] * 2]
+
+
 def everything():
+    packed()
     once_around()
     straight_home()
     gathered_and_given_back()
@@ -99,11 +119,13 @@ def test_ring(ranks):
 
 def misuse():
     exchange, x = RingExchange(dist.group.WORLD), torch.ones(2)
+    with pytest.raises(AssertionError, match="to oneself"):
+        exchange.post(x, 2, shift=2)
     with pytest.raises(AssertionError, match="wait called without post"):
         exchange.wait()
-    exchange.post([x], [x.shape])
+    exchange.post(x, 2)
     with pytest.raises(AssertionError, match="post called twice without wait"):
-        exchange.post([x], [x.shape])
+        exchange.post(x, 2)
     exchange.wait()
     with pytest.raises(AssertionError, match="wait called without post"):
         exchange.wait()

@@ -5,7 +5,7 @@ import torch
 from exact import compare
 from torch.nn import functional as F
 
-from hybridsp.ops.merge import merge_attention
+from hybridsp.ops.merge import merge_attention, merge_attention_
 from hybridsp.ops.reference import naive_attention
 from hybridsp.ops.softmax import block_attention, block_attention_backward, plain
 
@@ -104,6 +104,24 @@ def test_merged_blocks_equal_one_attention_and_so_do_their_gradients(dtype):
     right_grads = torch.autograd.grad(right, exact, dout.double())
     for grad, right_grad in zip((dq, dk, dv), right_grads, strict=True):
         torch.testing.assert_close(grad.double(), right_grad, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_in_place_touches_its_rows_alone(dtype):
+    """Of a larger tensor, in fp32 whatever the block's dtype is; weights far below fp32's sum."""
+    lses = torch.randn(2, 2, 9, 3) * 30
+    outs = torch.randn(2, 2, 9, 3, 4).to(dtype)
+    lse, out, rows = lses[0].clone(), outs[0].float().clone(), slice(2, 7)
+    merge_attention_(out[:, rows], lse[:, rows], outs[1, :, rows], lses[1, :, rows])
+    weights = lses.double().softmax(dim=0)[..., None]
+    right = (weights * outs.double()).sum(dim=0)
+    torch.testing.assert_close(out[:, rows].double(), right[:, rows], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        lse[:, rows].double(), lses.double().logsumexp(dim=0)[:, rows], **CLOSE
+    )
+    for other in (slice(0, 2), slice(7, 9)):
+        assert torch.equal(out[:, other], outs[0].float()[:, other])
+        assert torch.equal(lse[:, other], lses[0, :, other])
 
 
 @pytest.mark.usefixtures("small_tiles")

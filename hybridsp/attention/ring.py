@@ -1,12 +1,18 @@
 """Attention of a ring's ranks over all their keys: each step's blocks, merged.
 
-At step 0 a rank attends to the keys it has; `ring_transport` brings the others' in later steps.
+At step 0 a rank attends to the keys it has; a `Transport` brings the others' in later steps.
 Outputs are merged in fp32 by their log-sum-exp, so the error does not grow with the ring. The
 backward visits the same keys once more with the *merged* out and lse, so every block's gradients
 are exact shares; they are added up in fp32 where they belong.
+
+Packed documents make many small blocks, and what a block costs beside its kernel is the host's
+time: so a rank's own blocks, which cover its rows once and in order, are split off and laid side by
+side all at once, and those of later steps are merged in place.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from hybridsp.attention.keep import attend_once
 from hybridsp.attention.ring_plan import RingPlan
-from hybridsp.attention.ring_transport import transport_of
-from hybridsp.layout import Block
-from hybridsp.ops.merge import merge_attention
+from hybridsp.attention.ring_transport import Transport
+from hybridsp.ops.merge import merge_attention_
 
 
 class RingAttention(torch.autograd.Function):
@@ -29,112 +34,143 @@ class RingAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, plan):  # noqa: D102
-        ctx.kv_dtype = k.dtype
+    def forward(ctx, q, k, v, plan, transport):  # noqa: D102
+        ctx.plan, ctx.transport, ctx.kv_dtype = plan, transport, k.dtype
         k, v = k.to(q.dtype), v.to(q.dtype)
-        out, lse = attend_once(lambda: _ring_attention(q, k, v, plan))
-        ctx.plan = plan
+        out, lse = attend_once(lambda: attend(q, k, v, plan, transport))
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # noqa: D102
-        plan = ctx.plan
         q, k, v, out, lse = ctx.saved_tensors
-        transport = transport_of(plan, k, v)
-        visits = transport.visits()
-        _, keys, values = next(visits)
-        dq, dk, dv = _own_gradients(dout, q, keys, values, out, lse, plan)
-        for step, keys, values in visits:
-            step_dk = torch.zeros(keys.shape, dtype=torch.float32, device=k.device)
-            step_dv = torch.zeros(values.shape, dtype=torch.float32, device=v.device)
-            for block in plan.blocks(step):
-                block_dq, block_dk, block_dv = _block_gradients(
-                    dout, q, keys, values, out, lse, block, plan
-                )
-                dq[:, block.q] += block_dq
-                step_dk[:, block.k] += block_dk
-                step_dv[:, block.k] += block_dv
-            transport.send_home(step, step_dk, step_dv, dk, dv)
-        transport.collect(dk, dv)
-        return dq.to(q.dtype), dk.to(ctx.kv_dtype), dv.to(ctx.kv_dtype), None
+        dq, dk, dv = differentiate(dout, q, k, v, out, lse, ctx.plan, ctx.transport)
+        return dq.to(q.dtype), dk.to(ctx.kv_dtype), dv.to(ctx.kv_dtype), None, None
 
 
-def _ring_attention(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan) -> tuple[Tensor, Tensor]:
-    """Out [B, Lz, Hq, Dv] in q's dtype and lse [B, Lz, Hq] fp32 over the whole ring's keys."""
-    visits = transport_of(plan, k, v).visits()
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, transport: Transport
+) -> tuple[Tensor, Tensor]:
+    """Attention of one rank's queries over the whole ring's keys.
+
+    Args:
+        q: [B, Lz, Hq, D], this rank's.
+        k, v: [B, Lz, Hkv, D or Dv] in q's dtype, this rank's.
+        plan: of the ring, on this rank.
+        transport: brings the others'.
+
+    Returns:
+        out [B, Lz, Hq, Dv] in q's dtype, and lse [B, Lz, Hq] fp32.
+    """
+    visits = transport.visits(k, v)
     _, keys, values = next(visits)
-    out, lse = _own_attention(q, keys, values, plan)
+    out, lse = _attend_to_own(q, keys, values, plan)
     for step, keys, values in visits:
         for block in plan.blocks(step):
-            block_out, block_lse = _block_attention(q, keys, values, block, plan)
-            out[:, block.q], lse[:, block.q] = merge_attention(
-                out[:, block.q], lse[:, block.q], block_out, block_lse
+            rows, columns = block.q, block.k
+            block_out, block_lse = plan.backend.forward(
+                q[:, rows],
+                keys[:, columns],
+                values[:, columns],
+                scale=plan.scale,
+                causal=block.causal,
+                window=plan.window,
             )
+            merge_attention_(out[:, rows], lse[:, rows], block_out, block_lse)
     return out.to(q.dtype), lse
 
 
-def _own_attention(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan) -> tuple[Tensor, Tensor]:
-    """Out and lse over the rank's own keys, which every query sees some of; out fp32 to merge."""
-    blocks, merges = plan.blocks(0), plan.steps > 1
-    if len(blocks) == 1:
-        out, lse = _block_attention(q, k, v, blocks[0], plan)
-        return out.float() if merges else out, lse
-    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32 if merges else q.dtype)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    for block in blocks:
-        out[:, block.q], lse[:, block.q] = _block_attention(q, k, v, block, plan)
-    return out, lse
-
-
-def _own_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: RingPlan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients within the rank's own keys; fp32 where others are added to them."""
-    blocks = plan.blocks(0)
-    if len(blocks) == 1:
-        dq, dk, dv = _block_gradients(dout, q, k, v, out, lse, blocks[0], plan)
-        return (dq.float(), dk.float(), dv.float()) if plan.steps > 1 else (dq, dk, dv)
-    dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
-    for block in blocks:
-        dq[:, block.q], dk[:, block.k], dv[:, block.k] = _block_gradients(
-            dout, q, k, v, out, lse, block, plan
-        )
-    return dq, dk, dv
-
-
-def _block_attention(
-    q: Tensor, k: Tensor, v: Tensor, block: Block, plan: RingPlan
-) -> tuple[Tensor, Tensor]:
-    return plan.backend.forward(
-        q[:, block.q],
-        k[:, block.k],
-        v[:, block.k],
-        scale=plan.scale,
-        causal=block.causal,
-        window=plan.window,
-    )
-
-
-def _block_gradients(
+def differentiate(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    block: Block,
     plan: RingPlan,
+    transport: Transport,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return plan.backend.backward(
-        dout[:, block.q],
-        q[:, block.q],
-        k[:, block.k],
-        v[:, block.k],
-        out[:, block.q],
-        lse[:, block.q],
-        scale=plan.scale,
-        causal=block.causal,
-        window=plan.window,
-    )
+    """Gradients of `attend`.
+
+    Args:
+        dout: [B, Lz, Hq, Dv], of out.
+        q, k, v, plan, transport: as in `attend`.
+        out, lse: what it returned.
+
+    Returns:
+        dq, dk, dv of this rank's q, k, v: in fp32 where any are sums of several steps, else in the
+        backend's dtype.
+    """
+    visits = transport.visits(k, v)
+    _, keys, values = next(visits)
+    dq, dk, dv = _differentiate_own(dout, q, keys, values, out, lse, plan)
+    for step, keys, values in visits:
+        step_dk, step_dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (keys, values))
+        for block in plan.blocks(step):
+            rows, columns = block.q, block.k
+            gradients = plan.backend.backward(
+                dout[:, rows],
+                q[:, rows],
+                keys[:, columns],
+                values[:, columns],
+                out[:, rows],
+                lse[:, rows],
+                scale=plan.scale,
+                causal=block.causal,
+                window=plan.window,
+            )
+            sums = dq[:, rows], step_dk[:, columns], step_dv[:, columns]
+            for whole, share in zip(sums, gradients, strict=True):
+                whole.add_(share)
+        transport.send_home(step, step_dk, step_dv, dk, dv)
+    transport.collect(dk, dv)
+    return dq, dk, dv
+
+
+def _attend_to_own(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan) -> tuple[Tensor, Tensor]:
+    """Out and lse over the rank's own keys, which every query sees some of; out fp32 to merge."""
+    blocks = plan.blocks(0)
+    if not blocks:  # documents shorter than the ring can leave a rank without tokens
+        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=torch.float32)
+    results = [
+        plan.backend.forward(*tensors, scale=plan.scale, causal=block.causal, window=plan.window)
+        for block, tensors in zip(blocks, _by_block([q, k, v], plan), strict=True)
+    ]
+    outs, lses = zip(*results, strict=True)
+    out = _side_by_side(outs, dim=1)
+    # Laid head by head, whatever the view says: as kernels give it and take it back.
+    lse = _side_by_side([x.transpose(1, 2) for x in lses], dim=2).transpose(1, 2)
+    return out.float() if plan.steps > 1 else out, lse
+
+
+def _differentiate_own(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: RingPlan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients within the rank's own keys; fp32 where others are added to them."""
+    blocks = plan.blocks(0)
+    if not blocks:
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    else:
+        of_blocks = _by_block([dout, q, k, v, out, lse], plan)
+        results = [
+            plan.backend.backward(
+                *tensors, scale=plan.scale, causal=block.causal, window=plan.window
+            )
+            for block, tensors in zip(blocks, of_blocks, strict=True)
+        ]
+        dq, dk, dv = (_side_by_side(parts, dim=1) for parts in zip(*results, strict=True))
+    return (dq.float(), dk.float(), dv.float()) if plan.steps > 1 else (dq, dk, dv)
+
+
+def _by_block(tensors: Sequence[Tensor], plan: RingPlan) -> list[tuple[Tensor, ...]]:
+    """Each own block's rows of tensors [B, Lz, ...]."""
+    sizes = [block.q.stop - block.q.start for block in plan.blocks(0)]
+    if len(sizes) == 1:
+        return [tuple(tensors)]
+    return list(zip(*(x.split(sizes, dim=1) for x in tensors), strict=True))
+
+
+def _side_by_side(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    """The own blocks' results as one tensor, their rows along `dim`."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

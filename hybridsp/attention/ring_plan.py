@@ -1,4 +1,4 @@
-"""What a ring computes: steps, the blocks of each, and which variant brings the keys faster.
+"""What a ring computes: steps, the blocks of each, and which variant brings the keys faster. Pure.
 
 A ring is visited in steps. At step 0 a rank attends to the keys it has; what comes later depends on
 the variant, and only the keys of documents that are cut travel:
@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch.distributed as dist
-
 from hybridsp.layout import Block, RingLayout, Span, attention_blocks
 from hybridsp.ops.softmax import Backend
 
@@ -26,14 +24,14 @@ class RingPlan:
     """What a ring computes, and how.
 
     Attributes:
-        group: the ring.
-        layout: which tokens its ranks have.
+        rank: of this rank in the ring.
+        layout: which tokens the ring's ranks have.
         causal, window, scale: as in `softmax_attention`.
         variant: "ring" or "allgather".
         backend: computes the blocks.
     """
 
-    group: dist.ProcessGroup
+    rank: int
     layout: RingLayout
     causal: bool
     window: int | None
@@ -48,12 +46,12 @@ class RingPlan:
 
     def owner(self, step: int) -> int:
         """The rank whose keys a ring's step brings."""
-        return (self.group.rank() - step) % self.group.size()
+        return (self.rank - step) % len(self.layout.spans)
 
     def blocks(self, step: int) -> tuple[Block, ...]:
         """What this rank computes at a step."""
         source = self.owner(step) if self.variant == "ring" or step == 0 else None
-        return step_blocks(self.layout, self.group.rank(), source, self.causal)
+        return step_blocks(self.layout, self.rank, source, self.causal)
 
 
 def num_steps(layout: RingLayout, variant: str) -> int:

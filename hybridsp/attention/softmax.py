@@ -9,15 +9,22 @@ all-to-alls runs once (`keep.py`).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+from zlib import crc32
+
+import torch.distributed as dist
 from torch import Tensor
 
 from hybridsp.attention.ring import RingAttention
 from hybridsp.attention.ring_plan import VARIANTS, RingPlan, choose_variant
+from hybridsp.attention.ring_transport import transport_of
 from hybridsp.collectives import heads_to_seq, seq_to_heads
-from hybridsp.layout import relayout
+from hybridsp.collectives.agreement import agree
+from hybridsp.collectives.per_group import per_group
+from hybridsp.layout import Relayout, relayout
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.interfaces import require_one_packed_row
-from hybridsp.ops.softmax import choose_backend
+from hybridsp.ops.softmax import Backend, choose_backend
 
 
 def softmax_attention(
@@ -35,6 +42,9 @@ def softmax_attention(
 ) -> Tensor:
     """Softmax attention of a sequence cut over the mesh's SP ranks.
 
+    The first call of a kind (shapes, L among them, dtypes, options) on a group compares it, and its
+    documents, between the ranks and waits for them; later ones do not.
+
     Args:
         q: this rank's contiguous tokens [B, L, Hq, D], positions already applied; L is the same
             on every rank.
@@ -43,7 +53,8 @@ def softmax_attention(
         mesh: the grid of ranks; `mesh.ulysses` may not exceed Hq.
         causal: a token does not see what comes after it.
         cu_seqlens: int32 boundaries of the whole packed sequence (then B == 1); None for one
-            document per row.
+            document per row. Keep it on the CPU, as `shard_batch` does: the host reads it in every
+            layer and forward, and on CUDA waits for the GPU each time.
         scale: factor on the scores; None for D ** -0.5.
         window: a token sees itself and the window - 1 tokens before it; needs causal and a ring of
             one. None for all.
@@ -55,21 +66,14 @@ def softmax_attention(
         [B, L, Hq, Dv] in q's dtype.
 
     Raises:
-        ValueError: shapes, heads, boundaries or options that do not fit, before anything is sent.
+        ValueError: tensors, heads, boundaries or options that do not fit. In the first call of a
+            kind, also where they differ between the ranks: then every rank raises, before anything
+            is sent. In later calls a refusal (of boundaries) is raised on its rank alone, and the
+            others wait for the group's timeout and fail there.
     """
-    _check_shapes(q, k, v)
-    _check_options(mesh, causal, window, variant)
-    total = q.shape[1] * mesh.sp
-    if window is not None and window >= total:
-        window = None  # it hides nothing, and not every backend has windows
-    packed = cu_seqlens is not None
-    chosen = choose_backend(q, k, v, window=window, name=backend, lengths_vary=packed)
-    bounds = [0, total]
-    if cu_seqlens is not None:
-        require_one_packed_row(q, cu_seqlens, total)
-        bounds = cu_seqlens.tolist()
+    call = _Call(q, k, v, causal, scale, window, variant, backend)
+    route, chosen = _admit(call, mesh, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    route = relayout(total, mesh.ring, mesh.ulysses, q.shape[2], k.shape[2], tuple(bounds))
     q, k, v = seq_to_heads(q, k, v, route, mesh.sp_group)
     if variant == "auto":
         variant = choose_variant(
@@ -79,38 +83,141 @@ def softmax_attention(
             causal=causal,
         )
     plan = RingPlan(
-        group=mesh.ring_group,
+        rank=mesh.ring_group.rank(),
         layout=route.layout,
         causal=causal,
-        window=window,
+        window=_reach(window, route.total),
         scale=scale,
         variant=variant,
         backend=chosen,
     )
-    out = RingAttention.apply(q, k, v, plan)
+    out = RingAttention.apply(q, k, v, plan, transport_of(plan, mesh.ring_group))
     return heads_to_seq(out, route, mesh.sp_group)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3]
+class _Call(NamedTuple):
+    """The arguments of a call, but for the mesh and the documents."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    scale: float | None
+    window: int | None
+    variant: str
+    backend: str | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self[:3]
+
+    def kind(self, packed: bool) -> str:
+        """What must be the same on every rank, or the ranks' messages would not match.
+
+        These are made of tokens, so L is part of it. But a kind is the group's, not a layer's: of a
+        batch of a new length the first layer alone asks the other ranks.
+        """
+        tensors = ", ".join(
+            f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+            for name, x in zip("qkv", self.tensors, strict=True)
+        )
+        return (
+            f"softmax_attention({tensors}, cu_seqlens {'given' if packed else 'None'}, "
+            f"causal={self.causal}, scale={self.scale}, window={self.window}, "
+            f"variant={self.variant!r}, backend={self.backend!r}) on {self.q.device.type}"
+        )
+
+
+@per_group
+def _agreed(_group: dist.ProcessGroup) -> set[str]:
+    """The kinds of call that every rank of the group has made."""
+    return set()
+
+
+def _admit(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> tuple[Relayout, Backend]:
+    """Who computes what, and by which backend, in a call against which nothing speaks.
+
+    On any rank if its kind is new; then the boundaries too are compared between the ranks.
+    """
+    kind, known = call.kind(cu_seqlens is not None), _agreed(mesh.sp_group)
+    try:
+        route = _route(call, mesh, cu_seqlens)
+        chosen = _backend(call, route, mesh, lengths_vary=cu_seqlens is not None)
+    except ValueError as error:
+        if kind not in known:
+            agree(mesh.sp_group, "softmax_attention", refusal=str(error))  # tells all, and raises
+        raise
+    if kind not in known:
+        bounds = route.layout.bounds
+        agree(mesh.sp_group, f"{kind}, documents {_shown(bounds)}")
+        known.add(kind)
+    return route, chosen
+
+
+def _route(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> Relayout:
+    _check_tensors(call)
+    _check_options(call, mesh)
+    total = call.q.shape[1] * mesh.sp
+    bounds = [0, total]
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.cpu()
+        require_one_packed_row(call.q, cu_seqlens, total)
+        bounds = cu_seqlens.tolist()
+    heads = call.q.shape[2], call.k.shape[2]
+    return relayout(total, mesh.ring, mesh.ulysses, *heads, tuple(bounds))
+
+
+def _backend(call: _Call, route: Relayout, mesh: SPMesh, *, lengths_vary: bool) -> Backend:
+    """Chosen for the heads that this rank computes; their grouping may differ from the call's."""
+    q, k, v = call.tensors
+    if mesh.ulysses > 1:
+        share = route.share(mesh.sp_rank)
+        q, k, v = (
+            x[:, :, :1].expand(-1, -1, len(heads), -1)  # only shapes matter
+            for x, heads in zip((q, k, v), (share.q, share.kv, share.kv), strict=True)
+        )
+    window = _reach(call.window, route.total)
+    return choose_backend(q, k, v, window=window, name=call.backend, lengths_vary=lengths_vary)
+
+
+def _reach(window: int | None, total: int) -> int | None:
+    """The window, or None if it hides nothing: not every backend has windows."""
+    return None if window is None or window >= total else window
+
+
+def _shown(bounds: tuple[int, ...]) -> str:
+    """Few boundaries as they are; of many their number and what differs if any of them does."""
+    if len(bounds) <= 8:
+        return str(list(bounds))
+    checksum = crc32(" ".join(map(str, bounds)).encode())
+    return f"{len(bounds) - 1} (checksum {checksum:08x})"
+
+
+def _check_tensors(call: _Call) -> None:
+    q, k, v = call.tensors
+    fits = q.dim() == k.dim() == v.dim() == 4 and all(x.numel() for x in (q, k, v))
+    fits = fits and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3]
     if not fits or k.shape[2] != v.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
             f"shapes q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: q is "
-            "[B, L, Hq, D], k [B, L, Hkv, D], v [B, L, Hkv, Dv], and Hkv divides Hq"
+            "[B, L, Hq, D], k [B, L, Hkv, D], v [B, L, Hkv, Dv], none of them 0, and Hkv divides Hq"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: use one")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one")
 
 
-def _check_options(mesh: SPMesh, causal: bool, window: int | None, variant: str) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant = {variant!r} is unknown; use one of {VARIANTS}")
+def _check_options(call: _Call, mesh: SPMesh) -> None:
+    window = call.window
+    if call.variant not in VARIANTS:
+        raise ValueError(f"variant = {call.variant!r} is unknown; use one of {VARIANTS}")
     if window is None:
         return
-    if window < 1 or not causal:
+    if window < 1 or not call.causal:
         raise ValueError(
-            f"window = {window} with causal = {causal}: a window is at least 1, the token itself, "
-            "and needs causal = True; None is no window"
+            f"window = {window} with causal = {call.causal}: a window is at least 1, the token "
+            "itself, and needs causal = True; None is no window"
         )
     if mesh.ring > 1:
         raise ValueError(

@@ -3,8 +3,8 @@
     Raw           one causal call of a backend per document, and nothing else: what all others are
                   held against
     Parallel      `softmax_attention` over the mesh; the inputs are this rank's share
-    EmulatedRing  the block calls of all ranks of a ring, one rank after another, with the merges of
-                  outputs and the sums of gradients but without messages: what cutting attention in
+    EmulatedRing  the layer's ring, all ranks one after another: its block calls, the merges of
+                  outputs and the sums of gradients, but no messages: what cutting attention in
                   blocks costs, which one device can tell
 
 Each has a forward and a forward with backward, which are timed, and `results`, which are checked.
@@ -12,7 +12,7 @@ Each has a forward and a forward with backward, which are timed, and `results`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -21,15 +21,18 @@ import torch
 from torch import Tensor
 
 from hybridsp.attention import softmax_attention
-from hybridsp.attention.ring_plan import num_steps, step_blocks
+from hybridsp.attention.ring import attend, differentiate
+from hybridsp.attention.ring_plan import RingPlan
+from hybridsp.attention.ring_transport import Visits, add, take
 from hybridsp.bench.softmax_work import Work
-from hybridsp.layout import Block, ring_layout
+from hybridsp.layout import ring_layout
 from hybridsp.mesh import SPMesh
-from hybridsp.ops.merge import merge_attention
 from hybridsp.ops.softmax import Backend, choose_backend, why_not
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 """out, dq, dk, dv, in the order of the tokens."""
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, or their gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +158,7 @@ class Parallel:
 
 
 class EmulatedRing:
-    """A ring's block calls on one device, as `attention.ring` makes them with variant "ring".
+    """A ring on one device, one rank after another: `attention.ring` itself, without messages.
 
     Args:
         inputs: all of the work's tokens.
@@ -170,40 +173,43 @@ class EmulatedRing:
     def __init__(self, inputs: Inputs, work: Work, backend: str, *, ring: int) -> None:
         if work.window is not None:
             raise ValueError(f"window = {work.window} with a ring of {ring}: a ring has no window")
-        self._backend = backend_for(inputs, None, backend)
-        self._scale, self._layout = work.head_dim**-0.5, ring_layout(work.bounds, ring)
+        chosen, layout = backend_for(inputs, None, backend), ring_layout(work.bounds, ring)
         device = inputs.q.device
-        self._positions = [_index(spans, device) for spans in self._layout.spans]
+        self._positions = [_index(spans, device) for spans in layout.spans]
         self._ranks = [inputs.rows(positions) for positions in self._positions]
-        self._shared_rows = [self._layout.shared_rows(rank) for rank in range(ring)]
-        self._shared = [
-            x.rows(_index(((part.start, part.stop) for part in rows), device))
-            for x, rows in zip(self._ranks, self._shared_rows, strict=True)
+        self._plans = [
+            RingPlan(
+                rank=rank,
+                layout=layout,
+                causal=True,
+                window=None,
+                scale=work.head_dim**-0.5,
+                variant="ring",
+                backend=chosen,
+            )
+            for rank in range(ring)
         ]
+        rows = [layout.shared_rows(rank) for rank in range(ring)]
+        keys = [(take(x.k, r), take(x.v, r)) for x, r in zip(self._ranks, rows, strict=True)]
+        mail: list[list[Pair]] = [[] for _ in range(ring)]
+        self._transports = [OneDevice(plan, keys, mail) for plan in self._plans]
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         """(out, lse) of each rank."""
-        return [self._attend(rank) for rank in range(len(self._ranks))]
+        return [attend(x.q, x.k, x.v, plan, transport) for x, plan, transport in self._each()]
 
     def forward_backward(self) -> list[Results]:
         """(out, dq, dk, dv) of each rank."""
         merged = self.forward()
-        own = [self._own_gradients(rank, *merged[rank]) for rank in range(len(self._ranks))]
-        for rank, x in enumerate(self._ranks):
-            out, lse = merged[rank]
-            for source, blocks in self._later_steps(rank):
-                keys = self._shared[source]
-                dk = torch.zeros(keys.k.shape, dtype=torch.float32, device=keys.k.device)
-                dv = torch.zeros(keys.v.shape, dtype=torch.float32, device=keys.v.device)
-                for block in blocks:
-                    gradients = self._differentiate(x, keys, out, lse, block)
-                    _add_to(own[rank][0], block.q, gradients[0])
-                    _add_to(dk, block.k, gradients[1])
-                    _add_to(dv, block.k, gradients[2])
-                self._send_home(source, own[source], dk, dv)
+        gradients = [
+            differentiate(x.dout, x.q, x.k, x.v, out, lse, plan, transport)
+            for (x, plan, transport), (out, lse) in zip(self._each(), merged, strict=True)
+        ]
+        for transport, (_, dk, dv) in zip(self._transports, gradients, strict=True):
+            transport.collect(dk, dv)  # what later ranks had for this one
         return [
             (out, dq.to(out.dtype), dk.to(out.dtype), dv.to(out.dtype))
-            for (out, _), (dq, dk, dv) in zip(merged, own, strict=True)
+            for (out, _), (dq, dk, dv) in zip(merged, gradients, strict=True)
         ]
 
     def results(self) -> Results:
@@ -215,59 +221,40 @@ class EmulatedRing:
         )
         return out, dq, dk, dv
 
-    def _later_steps(self, rank: int) -> list[tuple[int, tuple[Block, ...]]]:
-        """The rank whose keys each step brings, and what is computed of them."""
-        ring = len(self._ranks)
-        sources = [(rank - step) % ring for step in range(1, num_steps(self._layout, "ring"))]
-        return [(s, step_blocks(self._layout, rank, s, causal=True)) for s in sources]
+    def _each(self) -> Iterator[tuple[Inputs, RingPlan, OneDevice]]:
+        return zip(self._ranks, self._plans, self._transports, strict=True)
 
-    def _attend(self, rank: int) -> tuple[Tensor, Tensor]:
-        x = self._ranks[rank]
-        out = torch.empty(x.dout.shape, dtype=torch.float32, device=x.q.device)
-        lse = torch.empty(x.q.shape[:3], dtype=torch.float32, device=x.q.device)
-        for block in step_blocks(self._layout, rank, rank, causal=True):
-            out[:, block.q], lse[:, block.q] = self._forward(x, x, block)
-        for source, blocks in self._later_steps(rank):
-            for block in blocks:
-                out[:, block.q], lse[:, block.q] = merge_attention(
-                    out[:, block.q], lse[:, block.q], *self._forward(x, self._shared[source], block)
-                )
-        return out.to(x.q.dtype), lse
 
-    def _own_gradients(self, rank: int, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in fp32 of a rank's queries over its own keys."""
-        x = self._ranks[rank]
-        dq, dk, dv = (torch.empty(y.shape, device=y.device) for y in (x.q, x.k, x.v))
-        for block in step_blocks(self._layout, rank, rank, causal=True):
-            rows = block.q
-            dq[:, rows], dk[:, rows], dv[:, rows] = self._differentiate(x, x, out, lse, block)
-        return dq, dk, dv
+class OneDevice:
+    """The `Transport` of a ring whose ranks take turns on one device: nothing has to travel.
 
-    def _send_home(self, source: int, own: Sequence[Tensor], dk: Tensor, dv: Tensor) -> None:
-        """Add a step's gradients to those of the keys' owner."""
-        rows = self._shared_rows[source]
-        for total, share in zip(own[1:], (dk, dv), strict=True):
-            parts = share.split([part.stop - part.start for part in rows], dim=1)
-            for part, values in zip(rows, parts, strict=True):
-                _add_to(total, part, values)
+    Args:
+        plan: of one rank.
+        keys: what each rank shares.
+        mail: for each rank, what others have for its keys and it has not collected.
+    """
 
-    def _forward(self, x: Inputs, keys: Inputs, block: Block) -> tuple[Tensor, Tensor]:
-        k, v = keys.k[:, block.k], keys.v[:, block.k]
-        return self._backend.forward(x.q[:, block.q], k, v, scale=self._scale, causal=block.causal)
+    def __init__(self, plan: RingPlan, keys: list[Pair], mail: list[list[Pair]]) -> None:
+        self._plan, self._keys, self._mail = plan, keys, mail
+        self._rows = plan.layout.shared_rows(plan.rank)
 
-    def _differentiate(
-        self, x: Inputs, keys: Inputs, out: Tensor, lse: Tensor, block: Block
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._backend.backward(
-            x.dout[:, block.q],
-            x.q[:, block.q],
-            keys.k[:, block.k],
-            keys.v[:, block.k],
-            out[:, block.q],
-            lse[:, block.q],
-            scale=self._scale,
-            causal=block.causal,
-        )
+    def visits(self, k: Tensor, v: Tensor) -> Visits:
+        """Own keys, then those that others share."""
+        yield 0, k, v
+        for step in range(1, self._plan.steps):
+            yield step, *self._keys[self._plan.owner(step)]
+
+    def send_home(
+        self, step: int, step_dk: Tensor, step_dv: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        """Leave them for the owner of the step's keys."""
+        self._mail[self._plan.owner(step)].append((step_dk, step_dv))
+
+    def collect(self, dk: Tensor, dv: Tensor) -> None:
+        """Add what ranks whose turn has been have left."""
+        while self._mail[self._plan.rank]:
+            for whole, share in zip((dk, dv), self._mail[self._plan.rank].pop(), strict=True):
+                add(whole, self._rows, share)
 
 
 def backend_for(inputs: Inputs, window: int | None, name: str | None) -> Backend:
@@ -281,10 +268,6 @@ def backend_for(inputs: Inputs, window: int | None, name: str | None) -> Backend
     if reason is not None:
         raise ValueError(reason)
     return choose_backend(q, k, v, window=window, name=name)
-
-
-def _add_to(total: Tensor, rows: slice, part: Tensor) -> None:
-    total[:, rows] += part
 
 
 def _index(spans: Iterable[tuple[int, int]], device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridsp.collectives.message import pack_padded, unpack
 from hybridsp.collectives.torch_names import all_gather, reduce_scatter
 
 
@@ -35,7 +36,7 @@ class KVGather:
     def post(self, tensors: Sequence[Tensor]) -> None:
         """Start sending this rank's tensors, of one dtype."""
         assert self._buffers is None, "post called twice without wait"
-        sent = self._message(tensors)
+        sent = pack_padded([tensors], self._padded)
         received = sent.new_empty(self._group.size() * self._padded)
         self._handle = all_gather(received, sent, group=self._group, async_op=True)
         self._buffers = sent, received
@@ -48,8 +49,7 @@ class KVGather:
         messages = self._buffers[1].view(self._group.size(), self._padded)
         self._handle, self._buffers = None, None
         return [
-            self._tensors(message, shapes)
-            for message, shapes in zip(messages, self._shapes, strict=True)
+            unpack(message, shapes) for message, shapes in zip(messages, self._shapes, strict=True)
         ]
 
     def give_back(self, shares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -58,18 +58,7 @@ class KVGather:
         Args:
             shares: for each rank, tensors shaped as its own.
         """
-        sent = torch.cat([self._message(of_rank) for of_rank in shares])
+        sent = pack_padded(shares, self._padded)
         received = sent.new_empty(self._padded)
         reduce_scatter(received, sent, group=self._group)
-        return self._tensors(received, self._shapes[self._group.rank()])
-
-    def _message(self, tensors: Sequence[Tensor]) -> Tensor:
-        parts = [tensor.flatten() for tensor in tensors]
-        missing = self._padded - sum(part.numel() for part in parts)
-        return torch.cat([*parts, parts[0].new_zeros(missing)])
-
-    @staticmethod
-    def _tensors(message: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-        sizes = [shape.numel() for shape in shapes]
-        parts = message[: sum(sizes)].split(sizes)
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return unpack(received, self._shapes[self._group.rank()])

@@ -2,15 +2,15 @@
 
 Each rank sends to its right neighbour and receives from its left one, or, where a message has an
 owner further away, straight to a rank some places off: every rank sends equally far, so it stays
-one message each way. Several tensors travel as one message. The message's buffers are kept until it
-has arrived, so the caller may drop its own.
+one message each way. What has come may be computed with and sent on at the same time: both only
+read it. The message's buffers are kept until it has arrived, so the caller may drop its own.
+
+NCCL knows no tags and matches messages by their order, gloo by tag and order: so all ranks post in
+the same order, whatever is in flight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,7 +19,7 @@ class RingExchange:
     """One message in flight around a ring.
 
     Args:
-        group: the ring.
+        group: the ring, of two ranks or more.
         tag: tells exchanges apart that are in flight at once on one group.
     """
 
@@ -27,44 +27,38 @@ class RingExchange:
         self._group, self._tag = group, tag
         self._handles: list[dist.Work] = []
         self._buffers: tuple[Tensor, Tensor] | None = None
-        self._shapes: list[torch.Size] = []
 
     @property
     def in_flight(self) -> bool:
         """Whether a message has been posted and not waited for."""
         return self._buffers is not None
 
-    def post(
-        self, tensors: Sequence[Tensor], shapes: Sequence[torch.Size], *, shift: int = 1
-    ) -> None:
-        """Start sending `tensors`, of one dtype, and receiving tensors of the given shapes.
+    def post(self, message: Tensor, incoming: int, *, shift: int = 1) -> None:
+        """Start sending a message and receiving one.
 
         Args:
-            tensors: go to rank r + shift.
-            shapes: of what comes from rank r - shift.
-            shift: places to the right, the same on every rank; negative ones are to the left.
+            message: [N], goes to rank r + shift; not to be written to until it has arrived.
+            incoming: elements of what comes from rank r - shift, in the same dtype.
+            shift: places to the right, the same on every rank, not back to the sender; negative
+                ones are to the left.
         """
         assert self._buffers is None, "post called twice without wait"
         size = self._group.size()
+        assert shift % size, "a message to oneself"
         target, source = (self._group.rank() + shift) % size, (self._group.rank() - shift) % size
-        sent = torch.cat([tensor.flatten() for tensor in tensors])
-        if shift % size == 0:
-            self._buffers, self._shapes = (sent, sent), list(shapes)
-            return
-        received = sent.new_empty(sum(shape.numel() for shape in shapes))
+        received = message.new_empty(incoming)
         operations = [
-            dist.P2POp(dist.isend, sent, None, self._group, self._tag, target),
+            dist.P2POp(dist.isend, message, None, self._group, self._tag, target),
             dist.P2POp(dist.irecv, received, None, self._group, self._tag, source),
         ]
         self._handles = dist.batch_isend_irecv(operations)
-        self._buffers, self._shapes = (sent, received), list(shapes)
+        self._buffers = message, received
 
-    def wait(self) -> list[Tensor]:
-        """The tensors that have come."""
+    def wait(self) -> Tensor:
+        """The message that has come, [incoming]. On CUDA the current stream waits, not the host."""
         assert self._buffers is not None, "wait called without post"
         for handle in self._handles:
             handle.wait()
         _, received = self._buffers
-        parts = received.split([shape.numel() for shape in self._shapes])
         self._handles, self._buffers = [], None
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return received

@@ -4,7 +4,8 @@ Attention over a set of keys is summarised by its output and the log of its soft
 (`lse`). Two summaries over disjoint keys merge into one:
 
     lse = log(exp(lse_a) + exp(lse_b))
-    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b     the weights add up to one:
+        = (1 - w) out_a + w out_b,   w = sigmoid(lse_b - lse_a)
 
 Both stay in fp32, so the error does not grow with the number of parts (FlashAttention,
 arXiv:2205.14135; Ring Attention, arXiv:2310.01889).
@@ -22,15 +23,23 @@ def merge_attention(
     """Merge two attention summaries over disjoint keys.
 
     Args:
-        out, block_out: [B, L, H, D] fp32.
+        out: [B, L, H, D] fp32.
+        block_out: [B, L, H, D], any dtype.
         lse, block_lse: [B, L, H] fp32; -inf where a token has seen no key yet.
 
     Returns:
         The merged (out, lse), new tensors.
     """
-    merged = torch.logaddexp(lse, block_lse)
-    # Where neither side saw a key both weights are exp(-inf - -inf): keep them at zero.
-    seen = merged > float("-inf")
-    weight = torch.where(seen, (lse - merged).exp(), 0.0)
-    block_weight = torch.where(seen, (block_lse - merged).exp(), 0.0)
-    return out * weight[..., None] + block_out * block_weight[..., None], merged
+    out, lse = out.clone(), lse.clone()
+    merge_attention_(out, lse, block_out, block_lse)
+    return out, lse
+
+
+def merge_attention_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """`merge_attention` in place, of `out` and `lse`.
+
+    One sigmoid of the difference is both weights, so the large tensor is read and written once.
+    """
+    weight = (block_lse - lse).nan_to_num_(nan=0.0).sigmoid_()  # NaN: neither side saw a key
+    torch.logaddexp(lse, block_lse, out=lse)
+    out.lerp_(block_out.float(), weight[..., None])

@@ -71,7 +71,7 @@ def cudnn_backward(
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype)))
     if dout.stride(-1) != 1:  # a broadcast gradient, as of a sum
         dout = dout.contiguous()
-    unused_seed = torch.zeros((), dtype=torch.int64, device=q.device)  # there is no dropout
+    unused_seed = torch.empty((), dtype=torch.int64, device=q.device)  # there is no dropout
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout,
         q,
@@ -168,7 +168,7 @@ def flash_backward(
     q, k, wide_v, dout, out = _last_contiguous(q, k, *wide)
     left, right = _window_sides(window)
     # There is no dropout, so what the generator was is never read.
-    unused_state = torch.zeros(2, dtype=torch.int64, device=q.device).view(torch.uint64)
+    unused_state = torch.empty(2, dtype=torch.int64, device=q.device).view(torch.uint64)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         dout,
         q,
