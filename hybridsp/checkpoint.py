@@ -121,7 +121,8 @@ def export_pretrained(
     """Write the model as a Hugging Face checkpoint. Collective over the world.
 
     The result is complete or absent: it is written beside its place and renamed. It is an ordinary
-    checkpoint of the architecture; of sequence parallelism nothing remains in it.
+    checkpoint of the architecture; of sequence parallelism nothing remains in it. Of a model with
+    adapters (`hybridsp.lora`) it is the adapters alone, in the format of `peft`.
 
     Args:
         engine: the DeepSpeed engine, at any ZeRO stage.
@@ -136,8 +137,12 @@ def export_pretrained(
         ValueError: the files cannot be written.
     """
     final = Path(output_dir)
+    has_adapters = getattr(engine.module, "_hf_peft_config_loaded", False)
     if engine.zero_optimization_stage() == 3:
-        weights = engine._zero3_consolidated_16bit_state_dict()
+        # Frozen weights are those of the base model: nobody has to gather them.
+        weights = engine._zero3_consolidated_16bit_state_dict(
+            exclude_frozen_parameters=has_adapters
+        )
     else:
         weights = engine.module.state_dict()
 

@@ -25,6 +25,7 @@ BENCHES = {
     "all-scan": ("hybridsp.bench.all_scan", "every All-Scan algorithm against the raw wire"),
     "linear": ("hybridsp.bench.linear", "linear attention: memory floor, FLA, SP methods"),
     "softmax": ("hybridsp.bench.softmax", "softmax attention: kernels, ring x Ulysses, balance"),
+    "step": ("hybridsp.bench.step", "one training step: time and memory, beside the plan's"),
     "tune": ("hybridsp.bench.tune", "find the fastest launches of the kernels on this chip"),
 }
 
@@ -144,11 +145,14 @@ def add_plan(subcommands: argparse._SubParsersAction, common: argparse.ArgumentP
         allow_abbrev=False,
         help="degrees, ZeRO stage, memory and time of a run, from the model's config alone",
         description="Say how to train a model at a length on some GPUs: degrees, ZeRO stage, "
-        "offload; the memory and time this is expected to take; the longest length that fits. "
-        "Reads the config only and needs no GPU.",
+        "what is offloaded or computed in tiles; the memory and time this is expected to take; the "
+        "longest length that fits. Reads the config only and needs no GPU.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="folder with config.json, a config.json, or a GGUF file"
+        "model",
+        metavar="MODEL",
+        help="folder with config.json, a config.json, a GGUF file, or one of the presets "
+        "smollm2-135m, llama-1b and llama-8b",
     )
     parser.add_argument("--gpus", type=_size, required=True, metavar="N", help="in all, 1 to 1024")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="as h100-80, h200-141")
@@ -184,12 +188,6 @@ def add_plan(subcommands: argparse._SubParsersAction, common: argparse.ArgumentP
         help="Gb/s of each GPU's network card; default %(default)s",
     )
     parser.add_argument(
-        "--assume",
-        default="",
-        metavar="NAMES",
-        help="features that are not built yet, to see what they would bring (the plan lists them)",
-    )
-    parser.add_argument(
         "--out", metavar="DIR", help="write the DeepSpeed configuration and the recipe there"
     )
     parser.set_defaults(run=run_plan)
@@ -214,7 +212,6 @@ def run_plan(args: argparse.Namespace) -> None:
             length=args.seq,
             batch=args.batch,
             dtype=args.dtype,
-            assumed=frozenset(name.strip() for name in args.assume.split(",") if name.strip()),
         )
         return make_plan(job)
 

@@ -69,7 +69,7 @@ def deepspeed_config(recipe: Recipe, mesh: SPMesh) -> dict[str, Any]:
     fill("optimizer.params.weight_decay", recipe.weight_decay, "weight_decay")
     for key, value in _scheduler(recipe).items():
         fill(f"scheduler.{key}", value, "schedule")
-    offload = _parse_deepspeed(config, source).zero_config.offload_optimizer
+    offload = parse_deepspeed(config, source).zero_config.offload_optimizer
     offloads = offload is not None and offload.device != "none"
     _choose_adam(config, offloads, on_gpu=mesh.device.type == "cuda")
     return config
@@ -165,13 +165,27 @@ class _Lookups(dict):
         return self
 
 
-def _parse_deepspeed(config: Mapping[str, Any], source: str) -> Any:
-    """DeepSpeed's own view of the configuration; a key that it never asks for is a typing error.
+def parse_deepspeed(config: Mapping[str, Any], source: str) -> Any:
+    """DeepSpeed's own view of a configuration; a key that it never asks for is a typing error.
 
     DeepSpeed itself ignores unknown top-level keys, and keeps no list of the known ones.
+
+    Args:
+        config: without "auto" values. A train_batch_size is not looked at, as DeepSpeed would
+            have to know the mesh.
+        source: what to call the configuration in an error.
+
+    Raises:
+        ValueError: a key or a value that DeepSpeed does not take.
     """
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    zero = config.get("zero_optimization")
+    what = f"{source}: DeepSpeed refuses it: unknown key in zero_optimization"
+    refuse_unknown(zero if isinstance(zero, Mapping) else (), known, what)
     lookups = _Lookups({k: v for k, v in config.items() if k != "train_batch_size"})
     try:
         parsed = DeepSpeedConfig(lookups)
@@ -187,4 +201,4 @@ def _equal(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours)
 
 
-__all__ = ["deepspeed_config", "first_iteration"]
+__all__ = ["deepspeed_config", "first_iteration", "parse_deepspeed"]

@@ -25,8 +25,10 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from hybridsp.adapters import decoder_layers
+from hybridsp.deepspeed_config import parse_deepspeed
 from hybridsp.loss import TokenMean, count_labels
 from hybridsp.mesh import SPMesh
+from hybridsp.self_check import self_check as prove
 
 # DeepSpeed settings that change how gradients are summed, scaled or reported, and the value with
 # which they do not.
@@ -65,6 +67,7 @@ def initialize(
     config: Mapping[str, Any],
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    self_check: bool = True,
 ) -> Any:
     """A DeepSpeed engine whose gradients are exact at every ZeRO stage and mesh.
 
@@ -73,14 +76,20 @@ def initialize(
         mesh: the grid of ranks.
         config: a DeepSpeed configuration.
         optimizer: an optimizer over the model's parameters; None for the configuration's.
+        self_check: prove on a short random sequence that state crosses the ranks, that gradients
+            are those of the uncut sequence and that ZeRO shards over all ranks, and leave no trace
+            of it (`hybridsp.self_check`); False to save its few seconds.
 
     Returns:
-        The `deepspeed.DeepSpeedEngine`. Train with `train_step`; or, with one micro-batch per
-        step, with the usual `engine(**batch).loss`, `engine.backward`, `engine.step`.
+        The `deepspeed.DeepSpeedEngine`, in training mode (`from_pretrained` leaves a model in
+        evaluation mode, in which activations are not checkpointed). Train with `train_step`; or,
+        with one micro-batch per step, with the usual `engine(**batch).loss`, `engine.backward`,
+        `engine.step`.
 
     Raises:
         ValueError: the model was not parallelized for this mesh, or the configuration sets what
             the mesh decides.
+        SelfCheckError: the self-check failed; on every rank.
     """
     import deepspeed
 
@@ -88,6 +97,7 @@ def initialize(
     if mesh.device.type == "cpu":
         _spare_a_compiler(config)
     _fetch_whole_layers(model)
+    model.train()
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -99,6 +109,8 @@ def initialize(
     token_mean: TokenMean = model.token_mean
     token_mean.micro_batches = engine.gradient_accumulation_steps()
     token_mean.gradient_factor = float(_divisor(engine, mesh) * token_mean.micro_batches)
+    if self_check:
+        prove(engine, mesh)
     return engine
 
 
@@ -131,7 +143,7 @@ def train_step(engine: Any, micro_batches: Sequence[Mapping[str, Any]]) -> StepR
         loss += batch_loss.item()
         engine.backward(batch_loss)
         if engine.is_gradient_accumulation_boundary():
-            grad_norm = _unreported_norm(engine)
+            grad_norm = unreported_norm(engine)
         engine.step()
     return StepResult(
         loss=loss,
@@ -162,7 +174,7 @@ def _count(engine: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[int, int]
     return int(counts[0]), int(counts[1])
 
 
-def _unreported_norm(engine: Any) -> Tensor | None:
+def unreported_norm(engine: Any) -> Tensor | None:
     """The gradient norm where DeepSpeed reports none: ZeRO-0 with a plain optimizer in fp32.
 
     Every other optimizer is one of DeepSpeed's own, which notes the norm.
@@ -202,7 +214,31 @@ def _checked_config(
                 f"config sets {path} = {value!r}, under which nobody has shown that gradients are "
                 f"exact: remove it, or set it to {harmless!r}"
             )
+    _check_batch_sizes(mesh, config)
+    # What remains is DeepSpeed's to judge; batch sizes it would judge without the mesh.
+    parse_deepspeed(copy.deepcopy({**config, "train_micro_batch_size_per_gpu": 1}), "config")
     return copy.deepcopy(dict(config))
+
+
+def _check_batch_sizes(mesh: SPMesh, config: Mapping[str, Any]) -> None:
+    """Refuse a train_batch_size, counted in sequences of all dp ranks, that does not come out."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    for name in names:
+        value = config.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"config sets {name} = {value!r}: give a number")
+    total, micro, accumulation = (config.get(name) for name in names)
+    if total is None:
+        return
+    parts = mesh.dp * (micro or 1) * (accumulation or 1)
+    determined = micro is not None and accumulation is not None
+    if total != parts if determined else total % parts:
+        raise ValueError(
+            f"config sets train_batch_size = {total}, but a step has dp = {mesh.dp} x "
+            f"train_micro_batch_size_per_gpu = {micro or 1} x gradient_accumulation_steps = "
+            f"{accumulation or 1} = {parts} sequences{'' if determined else ' or a multiple'} (the "
+            f"{mesh.sp} SP ranks share one): remove train_batch_size, or set it to {parts}"
+        )
 
 
 def _fetch_whole_layers(model: PreTrainedModel) -> None:
@@ -228,4 +264,4 @@ def _spare_a_compiler(config: dict[str, Any]) -> None:
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
 
 
-__all__ = ["StepResult", "eval_step", "initialize", "train_step"]
+__all__ = ["StepResult", "eval_step", "initialize", "train_step", "unreported_norm"]

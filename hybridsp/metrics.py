@@ -70,6 +70,12 @@ class RunLogger:
         purge_step = first_step + 1 if first_step else 0
         self._events = SummaryWriter(str(self.directory / "tensorboard"), purge_step=purge_step)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._setting: dict[str, int] = {}
+
+    def enter_stage(self, number: int, seq_length: int) -> None:
+        """Record with every row from here on which stage it belongs to, and its length."""
+        if self.is_main:
+            self._setting = {"stage": number, "seq_length": seq_length}
 
     def log_step(
         self,
@@ -149,6 +155,7 @@ class RunLogger:
         self._record.close()
 
     def _write(self, row: dict[str, Any]) -> None:
+        row = {**row, **self._setting}
         self._rows.append(row)
         self._record.write(json.dumps(row) + "\n")
         self._record.flush()

@@ -12,14 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationError
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 
@@ -31,7 +39,54 @@ def _not_bool(value: Any) -> Any:
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Positive = Annotated[Number, Field(gt=0)]
+SECTION = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class StageKeys:
+    """One entry of `Recipe.stages`. What it leaves out is the recipe's, or the stage's before."""
+
+    seq_length: Count
+    """Tokens per packed sequence in this stage."""
+
+    max_steps: Count
+    """Optimizer steps of this stage."""
+
+    micro_batch_size: Count | None = None
+    """Sequences per data-parallel rank in one forward pass. None: the recipe's."""
+
+    gradient_accumulation_steps: Count | None = None
+    """Forward and backward passes per optimizer step. None: the recipe's."""
+
+    learning_rate: Positive | None = None
+    """Peak learning rate in this stage: the schedule, which spans the whole run, times this over
+    the recipe's `learning_rate`. None: the recipe's."""
+
+    rope_parameters: dict[str, Any] | None = None
+    """From this stage on, laid over the model's `rope_parameters` (`rope_theta`, `factor`, ...);
+    with a `rope_type` in it, in their place, `rope_theta` excepted. None: as before."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class LoraKeys:
+    """The section `Recipe.lora` (LoRA, arXiv:2106.09685)."""
+
+    r: Count = 16
+    """Rank of the update of each weight."""
+
+    alpha: Positive = 32.0
+    """The update is multiplied by alpha / r."""
+
+    target_modules: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    """Names of the linear modules to adapt, in every decoder layer that has them."""
+
+    dropout: Fraction = 0.0
+    """Of the adapters' input, in training. Its mask depends on how the sequence is cut, so with
+    more than 0 two sequence-parallel degrees train alike, not the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +113,12 @@ class Recipe:
     output_dir: str
     """Directory for metrics, checkpoints and the trained model (`output_dir/model`)."""
 
+    stages: Annotated[list[StageKeys], Field(min_length=1)] | None = None
+    """A curriculum of lengths: stages that follow each other in one run. None: one stage."""
+
     seq_length: Count
-    """Tokens per packed sequence, before it is cut over the sequence-parallel ranks."""
+    """Tokens per packed sequence, before it is cut over the sequence-parallel ranks. With `stages`
+    it is their longest, and may be left out."""
 
     micro_batch_size: Count = 1
     """Sequences per data-parallel rank in one forward pass."""
@@ -68,9 +127,10 @@ class Recipe:
     """Forward and backward passes per optimizer step."""
 
     max_steps: Count
-    """Optimizer steps in the whole run, those before a resume included."""
+    """Optimizer steps in the whole run, those before a resume included. With `stages` it is their
+    sum, and may be left out."""
 
-    learning_rate: Annotated[Number, Field(gt=0)]
+    learning_rate: Positive
     """Peak learning rate of AdamW."""
 
     warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
@@ -82,7 +142,7 @@ class Recipe:
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay, per unit of learning rate."""
 
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment, per optimizer step."""
 
     seed: Annotated[StrictInt, Field(ge=0)] = 0
@@ -102,8 +162,24 @@ class Recipe:
     """Precision of weights and activations, `float32` or `bfloat16`; the optimizer works in
     float32."""
 
+    lora: LoraKeys | None = None
+    """Train low-rank updates of some weights and nothing else. None: train every weight."""
+
     activation_checkpointing: StrictBool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
+
+    keep_attention: StrictBool = True
+    """Where activations are recomputed, keep softmax attention's output instead of computing it
+    again."""
+
+    offload_activations: StrictBool = False
+    """Keep in the host's memory what activation checkpointing keeps of each layer."""
+
+    tiled_mlp: Count | None = None
+    """Tokens that go through a layer's MLP at once. None: all of a rank's."""
+
+    self_check: StrictBool = True
+    """Prove before the first step, on this model and mesh, that sequence parallelism is exact."""
 
     eval_every: Count | None = None
     """Optimizer steps between evaluations. None: only before the first and after the last step."""
@@ -127,10 +203,31 @@ class Recipe:
     max_new_tokens: Count = 64
     """Tokens to generate after `generate_prompt`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_from_stages(cls, arguments: Any) -> Any:
+        """Fill in what `stages` decide; a stage that is none is left to the fields' own checks."""
+        settings = arguments.kwargs
+        stages = settings.get("stages")
+        if not (isinstance(stages, list) and all(isinstance(one, Mapping) for one in stages)):
+            return arguments
+        for name, combine in (("seq_length", max), ("max_steps", sum)):
+            values = [one.get(name) for one in stages]
+            if values and all(type(value) is int for value in values):
+                follows = combine(values)
+                if settings.setdefault(name, follows) != follows:
+                    raise ValueError(
+                        f"{name} = {settings[name]!r}, but stages make it {follows}: leave it out"
+                    )
+        return arguments
+
     def __post_init__(self) -> None:
         if self.warmup_steps >= self.max_steps:
             remedy = f"must be less than max_steps = {self.max_steps}"
             raise ValueError(f"warmup_steps = {self.warmup_steps} {remedy}")
+        if self.offload_activations and not self.activation_checkpointing:
+            remedy = "set it to true, or drop this"
+            raise ValueError(f"offload_activations needs activation_checkpointing: {remedy}")
         for name in ("eval_every", "eval_sequences"):
             if getattr(self, name) and not self.eval_data:
                 raise ValueError(
@@ -236,4 +333,4 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["LoraKeys", "Recipe", "StageKeys", "load_recipe"]

@@ -6,26 +6,10 @@ from tiny import tiny_config
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from hybridsp.planner import Setting, load_shape
-from hybridsp.planner.setting import features_of
+from hybridsp.planner.presets import PRESETS
 
 K = 1024
-SMALL = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
-LARGE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+SMALL, LARGE = PRESETS["smollm2-135m"], PRESETS["llama-8b"]
 # Llama-70B's.
 HUGE = LARGE | {
     "hidden_size": 8192,
@@ -80,6 +64,5 @@ def setting_of(**changes):
         "checkpointing": True,
         "batch": 1,
         "dtype_bytes": 2,
-        "features": features_of(),
     }
     return Setting(**{**options, **changes})

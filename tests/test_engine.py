@@ -1,6 +1,8 @@
 """The engine against one process: loss and every gradient, at every mesh and ZeRO stage."""
 
+import json
 import os
+from importlib import resources
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from distributed import DEEPSPEED, PRELOAD, expect_raises, run_ranks
 from tiny import batch_of, reference_loss_sum, tiny_model
 
 import hybridsp
+from hybridsp.engine import _checked_config
 
 PRELOAD += DEEPSPEED
 
@@ -63,7 +66,7 @@ def gradients_on_mesh(ring, ulysses, dp_batches, stages, model_options):
         hybridsp.parallelize(model, mesh)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         config = deepspeed_config(stage, reduce_scatter)
-        engine = hybridsp.initialize(model, mesh, config, optimizer=optimizer)
+        engine = hybridsp.initialize(model, mesh, config, optimizer=optimizer, self_check=False)
         loss = engine(**hybridsp.shard_batch(batch, mesh)).loss
         engine.backward(loss)
         grads = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
@@ -156,7 +159,7 @@ def ten_steps(ring, ulysses, stage, dp_micro_batches):
         },
         zero_allow_untested_optimizer=True,
     )
-    engine = hybridsp.initialize(model, mesh, config)
+    engine = hybridsp.initialize(model, mesh, config, self_check=False)
     assert isinstance(engine.basic_optimizer, torch.optim.AdamW), "nothing is compiled on a CPU"
     steps = [hybridsp.train_step(engine, batches) for _ in range(10)]
     return [(step.loss, step.grad_norm) for step in steps], hybridsp.eval_step(engine, batches)
@@ -214,17 +217,30 @@ def test_documents_do_not_leak():
         assert start < changed
 
 
+CONFIGURATIONS = {
+    "fights the mesh": {"sequence_parallel_size": 2},
+    "unmeasured": {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+    "batch size": {"train_batch_size": 4},
+    "batch size that does not divide": {
+        "train_batch_size": 3,
+        "train_micro_batch_size_per_gpu": None,
+    },
+    "batch size in words": {"train_micro_batch_size_per_gpu": "one"},
+    "stage": {"zero_optimization": {"stage": 4}},
+    "unknown key": {"zero_optimisation": {"stage": 2}},
+    "unknown key of ZeRO": {"zero_optimization": {"stage": 2, "offload_optimiser": {}}},
+}
+
+
 def misuse(case):
     mesh = hybridsp.SPMesh(ring=2)
     model = tiny_model()
     if case != "not parallelized":
         hybridsp.parallelize(model, hybridsp.SPMesh() if case == "other mesh" else mesh)
-    extra = {"sequence_parallel_size": 2} if case == "fights the mesh" else {}
-    if case == "unmeasured":
-        extra = {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}
+    extra = CONFIGURATIONS.get(case, {})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    config = deepspeed_config(gradient_accumulation_steps=2, **extra)
-    engine = hybridsp.initialize(model, mesh, config, optimizer=optimizer)
+    config = deepspeed_config(**{"gradient_accumulation_steps": 2, **extra})
+    engine = hybridsp.initialize(model, mesh, config, optimizer=optimizer, self_check=False)
     batch = hybridsp.shard_batch(PACKED[0], mesh)
     if case == "count of micro-batches":
         hybridsp.train_step(engine, [batch])
@@ -246,10 +262,45 @@ def misuse(case):
         ("labels not counted", "call hybridsp.train_step"),
         ("inside a step", "inside a step"),
         ("unmeasured", "zero_quantized_gradients = True, under which nobody has shown"),
+        ("batch size", r"train_batch_size = 4.* = 2 sequences.*remove train_batch_size.* to 2"),
+        ("batch size that does not divide", "train_batch_size = 3.*or a multiple.*set it to 2"),
+        ("batch size in words", "train_micro_batch_size_per_gpu = 'one': give a number"),
+        ("stage", "stage Input should be"),
+        ("unknown key", "unknown DeepSpeed key 'zero_optimisation'; did you mean 'zero_optimiz"),
+        ("unknown key of ZeRO", "'offload_optimiser'; did you mean 'offload_optimizer'"),
     ],
 )
 def test_misuse_is_refused_on_every_rank(case, message):
     expect_raises(misuse, 2, ValueError, message, case)
+
+
+def legitimate():
+    """Keys that DeepSpeed reads are let through, shipped configurations among them."""
+    mesh = hybridsp.SPMesh(ring=2)
+    extra = {
+        "train_batch_size": 2,
+        "scheduler": {"type": "WarmupLR", "params": {}},
+        "activation_checkpointing": {"number_checkpoints": 2},
+        "wall_clock_breakdown": False,
+        "steps_per_print": 100,
+        "communication_data_type": "fp32",
+        "checkpoint": {"load_universal": False},
+        "comms_logger": {"enabled": False},
+        "tensorboard": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+    }
+    folder = resources.files("hybridsp.ds_configs")
+    shipped = [file for file in folder.iterdir() if file.name.endswith(".json")]
+    assert len(shipped) >= 4
+    for file in shipped:
+        model = tiny_model()
+        hybridsp.parallelize(model, mesh)
+        config = {**deepspeed_config(gradient_accumulation_steps=2, **extra)}
+        _checked_config(model, mesh, {**config, **json.loads(file.read_text())})
+
+
+def test_no_false_alarm_about_a_configuration():
+    run_ranks(legitimate, 2)
 
 
 def step_without_a_launcher(variables):

@@ -7,28 +7,31 @@ output lies where both see it. So what is damaged can be damaged on one host alo
 
 import contextlib
 import hashlib
-import io
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
-import datasets
 import pytest
 import torch
-import yaml
 from distributed import DEEPSPEED, PRELOAD, run_ranks
+from finetune_hosts import (
+    BYTES,
+    HOSTS,
+    RECIPE,
+    SAVED,
+    SCRIPT,
+    STEPS,
+    make_host,
+    rows_of,
+    run_script,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     MambaConfig,
@@ -40,65 +43,11 @@ from hybridsp.train import finetune
 
 PRELOAD += [*DEEPSPEED, finetune.__name__]
 
-SCRIPT = Path(__file__).parents[1] / "train" / "finetune.py"
 LAUNCH_SECONDS = 150
-HOSTS = ("host0", "host1")
-STEPS, SAVED = 6, 3
-EOS = "<eos>"
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-RECIPE = {
-    "model": "model",
-    "data": "data/train.jsonl",
-    "eval_data": "data/heldout.jsonl",
-    "seq_length": 48,
-    "max_steps": STEPS,
-    "learning_rate": 1e-2,
-    "eval_every": SAVED,
-    "save_every": SAVED,
-    "deepspeed": "ds.json",
-    "generate_prompt": "one two ",
-    "max_new_tokens": 8,
-}
-
-
-def byte_tokenizer():
-    """A token per byte."""
-    vocabulary = {token: i for i, token in enumerate([EOS, *BYTES])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
-
-
-def make_host(directory, output_dir, **changes):
-    """All that a run needs, tiny: model and tokenizer, documents, DeepSpeed JSON, recipe."""
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(directory / "model")
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(directory / "model")
-    (directory / "data").mkdir()
-    sentence = "one two three four, one two three four. "
-    for name, count in (("train", 40), ("heldout", 4)):
-        rows = [json.dumps({"text": sentence * (1 + i % 3)}) for i in range(count)]
-        (directory / "data" / f"{name}.jsonl").write_text("\n".join(rows))
-    shipped = SCRIPT.parents[1] / "ds_configs" / "zero3.json"
-    zero = json.loads(shipped.read_text())
-    # The shipped buckets reserve memory for a real model, on every rank.
-    for bucket in ("reduce_bucket_size", "stage3_prefetch_bucket_size"):
-        zero["zero_optimization"][bucket] = 10_000
-    (directory / "ds.json").write_text(json.dumps(zero))
-    recipe = {**RECIPE, "output_dir": str(output_dir), **changes}
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
 def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def rows_of(run, key):
-    """One column of the record, by step."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row[key] for row in rows if key in row}
 
 
 def snapshot(directory):
@@ -177,27 +126,6 @@ def test_a_launched_job_trains_a_model_that_anyone_can_load(tmp_path, device):
     continued = tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert "The trained model is in run/model\n" in output
     assert f"\n{continued}\n" in output
-
-
-def run_script(hosts, arguments):
-    """`main` on this rank, in its host's directory: exit code, standard output, error message."""
-    os.chdir(hosts / HOSTS[int(os.environ["RANK"])])
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    # A rank's own packing cache; and only the clock of the script, which pauses before rank 1 ends.
-    clock = SimpleNamespace(sleep=lambda seconds: None, perf_counter=time.perf_counter)
-    with (
-        mock.patch.object(datasets.config, "HF_DATASETS_CACHE", Path("cache").absolute()),
-        mock.patch.object(finetune, "time", clock),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            finetune.main(["recipe.yaml", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-    error = re.search(r"^error( on rank \d+)?: .*", err.getvalue(), re.DOTALL | re.MULTILINE)
-    return code, out.getvalue(), error[0] if error else ""
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ LAYERS = [
     "attention loss memory",
     "models",
     "parallelize adapters engine sharding data convert checkpoint recipe deepspeed_config "
-    "pretrained metrics planner",
+    "pretrained metrics curriculum lora planner self_check trainer",
     "hybridsp",  # the public surface, hybridsp/__init__.py
     "cli bench train",
 ]

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 import hybridsp  # noqa: F401 - registers the family with the Auto classes
 from hybridsp.convert import hybrid_config
-from hybridsp.planner import FEATURES, Cluster
+from hybridsp.memory import tile_mlp
+from hybridsp.planner import Cluster
 from hybridsp.planner.activations import layer_bytes
 from hybridsp.planner.memory import memory, sharded_states
 from hybridsp.planner.model import LINEAR, SOFTMAX
-from hybridsp.planner.setting import features_of
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,10 @@ def test_activations_by_hand(large):
     assert linear.before == norm + 3 * 2 * q + 2 * 4 * q + 2 * 16 * tokens
     # The output norm, whose output goes into o_proj.
     assert linear.after == norm + 4 * 32 * tokens + (4 + 2 + 2) * q
-    core = 2 * 4 * q + 4 * q + 4 * 64 * 32 * tokens + 2 * 1 * 128 * 128 * 2 * 32
+    # dout, dv, dq, dk; dg; pairs. Of the one chunk: its decay, the ends of its stretch, its state
+    # and the gradient with eight bits more, S x D in two blocks of columns.
+    core = 2 * 4 * q + 4 * q + 4 * 64 * 32 * tokens
+    core += 4 * 32 * 128 + 2 * 4 * 32 * 128 * 128 + 32 * (5 * 128 * 128 + 2 * 4 * 128)
     assert linear.mixer_work == max(core, 2 * 3 * q + 12 * q) + 2 * 2 * hidden
 
 
@@ -111,13 +114,29 @@ def peak(model, setting, length, gpu="h100-80"):
     return memory(model, setting, cluster, length).peak
 
 
+# What `parallelize` can be told, one after another.
+STEPS = [
+    {"checkpointing": False},
+    {"checkpointing": False, "tiled_mlp": 4096},
+    {"checkpointing": True},
+    {"checkpointing": True, "tiled_mlp": 4096},
+    {"checkpointing": True, "tiled_mlp": 4096, "keep_attention": False},
+    {"checkpointing": True, "tiled_mlp": 4096, "offload_activations": True},
+    {
+        "checkpointing": True,
+        "tiled_mlp": 4096,
+        "offload_activations": True,
+        "keep_attention": False,
+    },
+]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("features", [(), tuple(FEATURES)])
 @pytest.mark.parametrize("dtype_bytes", [2, 4])
-def test_peaks_are_monotone(large, stage, features, dtype_bytes):
-    options = {"stage": stage, "features": features_of(features), "dtype_bytes": dtype_bytes}
-    for checkpointing in (False, True):
-        setting = setting_of(**options, checkpointing=checkpointing)
+def test_peaks_are_monotone(large, stage, dtype_bytes):
+    options = {"stage": stage, "dtype_bytes": dtype_bytes}
+    for step in STEPS:
+        setting = setting_of(**options, **step)
         lengths = [peak(large, setting, length) for length in (1, K, 50 * K, 300 * K, 4 * K * K)]
         assert all(shorter <= longer for shorter, longer in pairwise(lengths))
         peaks = [
@@ -130,23 +149,73 @@ def test_peaks_are_monotone(large, stage, features, dtype_bytes):
             assert peak(large, offloaded, length) <= peak(large, setting, length)
 
 
-@pytest.mark.parametrize("feature", ["tiled_mlp", "offload_activations", "sharded_loading"])
-def test_features_never_raise_the_peak(large, feature):
+def test_what_saves_memory_never_raises_the_peak(large):
     for length in (K, 128 * K, K * K):
-        with_it = setting_of(features=features_of([feature]))
-        assert peak(large, with_it, length) <= peak(large, setting_of(), length)
+        for less, more in ((2, 0), (3, 2), (3, 1), (4, 3), (5, 3), (6, 4), (6, 5)):
+            saving, spending = (setting_of(**STEPS[step]) for step in (less, more))
+            assert peak(large, saving, length) <= peak(large, spending, length)
 
 
+def test_checkpoints_by_hand(large):
+    """8 of 32 layers softmax, no two of them neighbours; 128K tokens of a rank, in bf16."""
+    length, cluster = K * K, Cluster(gpu="h100-80", gpus=8)
+    tokens = length // 8
+    one, out, lse = 2 * 4096 * tokens, 2 * 32 * 128 * tokens, 4 * 32 * tokens
+
+    def found(**changes):
+        got = memory(large, setting_of(**changes), cluster, length)
+        phase = got.phases["backward of a linear_attention layer (MLP)"]
+        items = [items.get("layer inputs", 0) for items in (phase, got.phases["loss"], got.host)]
+        return items, phase["kept attention"], got.host["kept attention"]
+
+    assert found() == ([32 * one, 32 * one, 0], 8 * (out + lse), 0)
+    # Before the head nothing is under way; lse is 16 MiB, a quarter of a page of host memory.
+    assert lse == 16 * K * K
+    on_host = ([2 * one, 0, 8 * 32 * one], out + lse, 8 * 8 * (out + 64 * K * K))
+    assert found(offload_activations=True) == on_host
+    assert found(offload_activations=True, keep_attention=False) == (on_host[0], 0, 0)
+
+
+def test_tiles_by_hand(large):
+    """A tile's six activations, and the gradients of the weights: fp32 sums, and bf16 twice."""
+    tokens, weights = 16 * K, 3 * 4096 * 14336
+    whole = layer_bytes(large, setting_of(), SOFTMAX, 8 * tokens)
+    tiled = layer_bytes(large, setting_of(tiled_mlp=4 * K), SOFTMAX, 8 * tokens)
+    assert (whole.mlp, tiled.mlp) == (4 * 2 * 14336 * tokens, 0)
+    stream = 2 * 2 * 4096 * tokens
+    assert tiled.mlp_work == 6 * 2 * 14336 * 4 * K + (4 + 2 + 2) * weights + stream
+    assert layer_bytes(large, setting_of(tiled_mlp=tokens), SOFTMAX, 8 * tokens) == whole
+
+
+def test_only_stages_below_three_load_whole_weights(large):
+    cluster = Cluster(gpu="h100-80", gpus=8)
+    embedding = 2 * 128256 * 4096
+    for stage in (2, 3):
+        found = memory(large, setting_of(stage=stage), cluster, 128 * K)
+        whole = 2 * large.parameters
+        expected = whole if stage == 2 else whole / 8 + embedding
+        assert sum(found.phases["loading"].values()) == expected
+        assert found.host["weights while loading"] == 8 * (whole if stage == 2 else embedding)
+
+
+def test_what_the_allocator_sees(large):
+    found = memory(large, setting_of(), Cluster(gpu="h100-80", gpus=8), K * K)
+    assert found.phase != "loading"
+    assert found.allocated == pytest.approx(found.peak - 1.75 * K**3)
+
+
+@pytest.mark.parametrize("tile", [None, 128])
 @pytest.mark.parametrize("name", ["all options", "scalar", "vector"])
-def test_layers_keep_what_autograd_keeps(tmp_path, name):
+def test_layers_keep_what_autograd_keeps(tmp_path, name, tile):
     """Two layers run for real, in bf16 on the CPU, and the tensors that autograd saves weighed."""
     config = HYBRIDS[name]
     shape, tokens = shape_of(tmp_path, config), 256
-    setting = setting_of(gpus=1, ulysses=1)
+    setting = setting_of(gpus=1, ulysses=1, tiled_mlp=tile)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").bfloat16().model
     positions = torch.arange(tokens)[None]
     for layer, kind in zip(model.layers[:2], config.layer_types, strict=False):
         x = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        tile_mlp(layer.mlp, tile)
         rotation = None
         if kind in model.rotary_embs:
             rotation = model.rotary_embs[kind](x, positions)

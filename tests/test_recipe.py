@@ -24,6 +24,7 @@ REQUIRED = {
     "max_steps": 10,
     "learning_rate": 1e-3,
 }
+STAGE = {"seq_length": 64, "max_steps": 5}
 
 
 @pytest.fixture
@@ -54,6 +55,16 @@ def test_values_come_from_file_then_command_line_then_defaults(recipe_file):
     assert recipe.eval_data is None
 
 
+def test_stages_decide_length_and_steps(recipe_file):
+    stages = [{"seq_length": 8, "max_steps": 3}, {"seq_length": 32, "max_steps": 4}]
+    recipe = load_recipe(recipe_file(stages=stages, seq_length=None, max_steps=None))
+    assert (recipe.seq_length, recipe.max_steps) == (32, 7)
+    assert dataclasses.replace(recipe, ring=2).max_steps == 7
+    assert recipe.lora is None
+    given = load_recipe(recipe_file(lora={"alpha": 8}, stages=stages, seq_length=32, max_steps=7))
+    assert (given.lora.r, given.lora.alpha, given.max_steps) == (16, 8.0, 7)
+
+
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003"])
 def test_every_way_to_write_a_number_is_a_number(recipe_file, text):
     # YAML 1.1 reads 3e-4 as text.
@@ -78,6 +89,16 @@ def test_every_way_to_write_a_number_is_a_number(recipe_file, text):
         ({"activation_checkpointing": "yes"}, "activation_checkpointing = 'yes': .*boolean"),
         ({"warmup_steps": 10}, "warmup_steps = 10 must be less than max_steps = 10"),
         ({"eval_every": 2}, "eval_every = 2 needs eval_data"),
+        ({"offload_activations": True}, "offload_activations needs activation_checkpointing: set"),
+        ({"tiled_mlp": 0}, "tiled_mlp = 0: .* greater than or equal to 1"),
+        ({"lora": {"rank": 8}}, "lora.rank = 8: Unexpected keyword"),
+        ({"lora": {"target_modules": []}}, r"lora.target_modules = \[\]: .*at least 1 item"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout = 1.0: .*less than 1"),
+        ({"stages": []}, r"stages = \[\]: .*at least 1 item"),
+        ({"stages": 3}, "stages = 3: .*list"),
+        ({"stages": [{"seq_length": 64}]}, "stages.0.max_steps is missing"),
+        ({"stages": [STAGE, {**STAGE, "ring": 2}]}, "stages.1.ring = 2: Unexpected keyword"),
+        ({"stages": [{**STAGE, "max_steps": 9}]}, "max_steps = 10, but stages make it 9: leave"),
         ({"model": "elsewhere"}, "model = 'elsewhere' holds no config.json"),
         ({"data": "data/*.txt"}, r"data = 'data/\*.txt' matches no file"),
         ({"eval_data": "held.jsonl"}, "eval_data = 'held.jsonl' matches no file"),
@@ -89,7 +110,7 @@ def test_what_cannot_be_trained_is_refused_by_name(recipe_file, change, message)
         load_recipe(recipe_file(**change))
 
 
-@pytest.mark.parametrize("name", ["demo", "full"])
+@pytest.mark.parametrize("name", ["curriculum", "demo", "full", "lora"])
 def test_shipped_recipes_are_valid(name):
     text = (resources.files("hybridsp.train") / f"recipes/{name}.yaml").read_text()
     recipe = Recipe(**yaml.safe_load(text))

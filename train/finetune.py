@@ -14,30 +14,38 @@ An error that the user can mend ends the job with one line and exit code 2.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import itertools
-import logging
-import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
+import torch
 import torch.distributed as dist
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybridsp
 from hybridsp.checkpoint import export_pretrained, load_checkpoint, save_checkpoint
+from hybridsp.curriculum import Stage, enter_stage, plan_stages, scale_rate, stage_of
 from hybridsp.data import PackedLoader, load_documents, pack_documents
 from hybridsp.deepspeed_config import deepspeed_config, first_iteration
-from hybridsp.launch import rank_from_environment
+from hybridsp.lora import add_lora, export_merged
 from hybridsp.mesh import SPMesh
 from hybridsp.metrics import RunLogger
-from hybridsp.pretrained import check_safetensors, load_causal_lm
-from hybridsp.recipe import Recipe, load_recipe, one_line
+from hybridsp.pretrained import (
+    check_safetensors,
+    empty_causal_lm,
+    fill_sharded,
+    load_causal_lm,
+    num_parameters,
+)
+from hybridsp.recipe import Recipe, load_recipe
+from hybridsp.train.console import errors_of_users, keep_quiet
+
+# The batches of one stage: endless ones to train on, and one pass over the evaluation data.
+StageData = tuple[PackedLoader, PackedLoader | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,21 +62,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         transformers.set_seed(recipe.seed)
         config = mesh.on_every_rank(deepspeed_config, recipe, mesh)
 
-        tokenizer, model = mesh.on_every_rank(load_pretrained, recipe)
-        num_parameters = model.num_parameters()
-        mesh.on_every_rank(hybridsp.parallelize, model, mesh)
-        train_loader, eval_batches = mesh.on_every_rank(load_data, recipe, tokenizer, mesh)
-        engine = hybridsp.initialize(model, mesh, config)
+        shards = config.get("zero_optimization", {}).get("stage") == 3
+        tokenizer, model = mesh.on_every_rank(load_pretrained, recipe, shards)
+        mesh.on_every_rank(parallelize, recipe, mesh, model)
+        if shards:
+            fill_sharded(model, recipe.model, mesh, config)
+        if recipe.lora is not None:
+            mesh.on_every_rank(add_lora, model, recipe.lora)
+        stages = mesh.on_every_rank(plan_stages, recipe, model.config)
+        data = mesh.on_every_rank(load_data, recipe, stages, tokenizer, mesh)
+        engine = hybridsp.initialize(model, mesh, config, self_check=recipe.self_check)
         engine.lr_scheduler.step(first_iteration(recipe))
-        first_step = resume(recipe, mesh, engine, train_loader)
+        torch.manual_seed(recipe.seed + mesh.rank)  # dropout: each rank has other tokens
+        first_step = resume(recipe, mesh, engine, stages, data)
         if mesh.rank == 0:
-            print(describe(recipe, mesh, engine, num_parameters, first_step), flush=True)
+            print(describe(recipe, mesh, engine, stages, first_step), flush=True)
 
         log = mesh.on_every_rank(open_log, recipe, mesh, first_step)
-        train(recipe, mesh, engine, train_loader, eval_batches, log, first_step)
+        train(recipe, mesh, engine, stages, data, log, first_step)
         log.close()
 
-        exported = export_pretrained(engine, mesh, Path(recipe.output_dir) / "model", tokenizer)
+        exported = export(recipe, mesh, engine, tokenizer)
         engine.destroy()
         del engine, model
         dist.destroy_process_group()
@@ -82,44 +96,54 @@ def train(
     recipe: Recipe,
     mesh: SPMesh,
     engine: Any,
-    loader: PackedLoader,
-    eval_batches: list[dict[str, Any]],
+    stages: list[Stage],
+    data: list[StageData],
     log: RunLogger,
     first_step: int,
 ) -> None:
-    """Take the steps behind `first_step`; log, evaluate and save as often as the recipe says."""
-    if eval_batches and first_step == 0:
-        log.log_evaluation(0, hybridsp.eval_step(engine, eval_batches))
+    """Take the steps behind `first_step`; log, evaluate and save as often as the recipe says.
 
-    def due(step: int, every: int | None) -> bool:
-        return step == recipe.max_steps or (every is not None and step % every == 0)
+    The last step of a stage is always logged, evaluated and saved, where that is done at all.
+    """
+    for stage, (loader, held_out) in zip(stages, data, strict=True):
+        if stage.last_step <= first_step and stage is not stages[-1]:
+            continue
+        enter_stage(engine, stage)
+        log.enter_stage(stage.number, stage.seq_length)
+        eval_batches = mesh.on_every_rank(batches_of_one_pass, recipe, mesh, stage, held_out)
+        if eval_batches and first_step == 0 and stage is stages[0]:
+            log.log_evaluation(0, hybridsp.eval_step(engine, eval_batches))
 
-    for step in range(first_step + 1, recipe.max_steps + 1):
-        start = time.perf_counter()
-        learning_rate = engine.get_lr()[0]
-        micro_batches = [
-            hybridsp.shard_batch(batch, mesh)
-            for batch in itertools.islice(loader, recipe.gradient_accumulation_steps)
-        ]
-        result = hybridsp.train_step(engine, micro_batches)
-        if due(step, recipe.log_every):
-            log.log_step(
-                step,
-                loss=result.loss,
-                tokens=result.num_tokens,
-                labels=result.num_labels,
-                seconds=time.perf_counter() - start,
-                learning_rate=learning_rate,
-                grad_norm=result.grad_norm,
-            )
-        log.advance()
-        if eval_batches and due(step, recipe.eval_every):
-            log.log_evaluation(step, hybridsp.eval_step(engine, eval_batches))
-        if recipe.save_every is not None and due(step, recipe.save_every):
-            state = {"step": step, "data": loader.state_dict()}
-            keep = recipe.keep_checkpoints
-            save_checkpoint(engine, mesh, recipe.output_dir, step, state, keep=keep)
-            log.draw()
+        for step in range(max(first_step + 1, stage.first_step), stage.last_step + 1):
+
+            def due(every: int | None, step: int = step, last: int = stage.last_step) -> bool:
+                return step == last or (every is not None and step % every == 0)
+
+            start = time.perf_counter()
+            learning_rate = scale_rate(engine, stage)
+            micro_batches = [
+                hybridsp.shard_batch(batch, mesh)
+                for batch in itertools.islice(loader, stage.gradient_accumulation_steps)
+            ]
+            result = hybridsp.train_step(engine, micro_batches)
+            if due(recipe.log_every):
+                log.log_step(
+                    step,
+                    loss=result.loss,
+                    tokens=result.num_tokens,
+                    labels=result.num_labels,
+                    seconds=time.perf_counter() - start,
+                    learning_rate=learning_rate,
+                    grad_norm=result.grad_norm,
+                )
+            log.advance()
+            if eval_batches and due(recipe.eval_every):
+                log.log_evaluation(step, hybridsp.eval_step(engine, eval_batches))
+            if recipe.save_every is not None and due(recipe.save_every):
+                state = {"step": step, "stage": stage.number, "data": loader.state_dict()}
+                keep = recipe.keep_checkpoints
+                save_checkpoint(engine, mesh, recipe.output_dir, step, state, keep=keep)
+                log.draw()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -135,57 +159,97 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load_pretrained(recipe: Recipe) -> tuple[Any, Any]:
-    """The tokenizer and the model of the recipe's checkpoint."""
+def load_pretrained(recipe: Recipe, shards: bool) -> tuple[Any, Any]:
+    """The tokenizer and the model of the recipe's checkpoint, whose weights `shards` leaves out."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     except Exception as error:  # tokenizers raises plain Exceptions, which name no file
         raise ValueError(f"the tokenizer of {recipe.model} cannot be read: {error}") from error
     check_safetensors(recipe.model)
-    model = load_causal_lm(recipe.model, dtype=recipe.torch_dtype)
+    load = empty_causal_lm if shards else load_causal_lm
+    return tokenizer, load(recipe.model, dtype=recipe.torch_dtype)
+
+
+def parallelize(recipe: Recipe, mesh: SPMesh, model: Any) -> None:
+    """Install sequence parallelism and what the recipe says of memory."""
     if recipe.activation_checkpointing:
         model.activation_checkpointing_enable()
-    return tokenizer, model
+    hybridsp.parallelize(
+        model,
+        mesh,
+        keep_attention=recipe.keep_attention,
+        tiled_mlp=recipe.tiled_mlp,
+        offload_activations=recipe.offload_activations,
+    )
 
 
-def load_data(
-    recipe: Recipe, tokenizer: Any, mesh: SPMesh
-) -> tuple[PackedLoader, list[dict[str, Any]]]:
-    """The endless training batches, and this rank's part of one pass over the evaluation data.
+def load_data(recipe: Recipe, stages: list[Stage], tokenizer: Any, mesh: SPMesh) -> list[StageData]:
+    """The data of every stage, all packed before the first step is taken."""
 
-    Evaluation leaves out sequences at the end that are too few for all data-parallel ranks.
-    """
-
-    def loader(source: str, shuffle: bool) -> PackedLoader:
+    def loader(source: str, stage: Stage, shuffle: bool) -> PackedLoader:
         # The first rank packs, behind a lock, and the others read what it wrote.
         return PackedLoader(
-            pack_documents(load_documents(source), tokenizer, recipe.seq_length),
+            pack_documents(load_documents(source), tokenizer, stage.seq_length),
             dp_rank=mesh.dp_rank,
             dp=mesh.dp,
-            micro_batch_size=recipe.micro_batch_size,
-            seed=recipe.seed,
+            micro_batch_size=stage.micro_batch_size,
+            seed=recipe.seed + stage.number - 1,
             shuffle=shuffle,
         )
 
-    train_loader = loader(recipe.data, shuffle=True)
-    if recipe.eval_data is None:
-        return train_loader, []
-    held_out = loader(recipe.eval_data, shuffle=False)
-    per_step = recipe.micro_batch_size * mesh.dp
+    held_out = recipe.eval_data
+    return [
+        (
+            loader(recipe.data, stage, shuffle=True),
+            None if held_out is None else loader(held_out, stage, shuffle=False),
+        )
+        for stage in stages
+    ]
+
+
+def batches_of_one_pass(
+    recipe: Recipe, mesh: SPMesh, stage: Stage, held_out: PackedLoader | None
+) -> list[dict[str, Any]]:
+    """This rank's part of the evaluation data at a stage's length.
+
+    Sequences at the end that are too few for all data-parallel ranks are left out.
+    """
+    if held_out is None:
+        return []
     steps = held_out.steps_per_epoch
     if recipe.eval_sequences is not None:
-        steps = min(steps, -(-recipe.eval_sequences // per_step))
-    one_pass = itertools.islice(held_out, steps)
-    return train_loader, [hybridsp.shard_batch(batch, mesh) for batch in one_pass]
+        steps = min(steps, -(-recipe.eval_sequences // (stage.micro_batch_size * mesh.dp)))
+    return [hybridsp.shard_batch(batch, mesh) for batch in itertools.islice(held_out, steps)]
 
 
-def resume(recipe: Recipe, mesh: SPMesh, engine: Any, loader: PackedLoader) -> int:
+def resume(
+    recipe: Recipe, mesh: SPMesh, engine: Any, stages: list[Stage], data: list[StageData]
+) -> int:
     """Restore a checkpoint as the recipe says; returns the optimizer steps already taken."""
     state = load_checkpoint(engine, mesh, recipe.output_dir, recipe.resume)
     if state is None:
         return 0
+    stage = stage_of(stages, state["step"])
+    if (saved := state.get("stage", 1)) != stage.number:
+        raise ValueError(
+            f"the checkpoint's step {state['step']} was one of stage {saved}, but by this recipe "
+            f"it is one of stage {stage.number}: keep the max_steps of stages that are over"
+        )
+    loader, _ = data[stage.number - 1]
     mesh.on_every_rank(loader.load_state_dict, state["data"])
     return state["step"]
+
+
+def export(recipe: Recipe, mesh: SPMesh, engine: Any, tokenizer: Any) -> Path:
+    """Write the trained model as a Hugging Face checkpoint; with LoRA, its adapter as well."""
+    output_dir = Path(recipe.output_dir)
+    if recipe.lora is None:
+        return export_pretrained(engine, mesh, output_dir / "model", tokenizer)
+    adapter = export_pretrained(engine, mesh, output_dir / "adapter", tokenizer)
+    merge = functools.partial(
+        export_merged, config=engine.module.config, tokenizer=tokenizer, dtype=recipe.torch_dtype
+    )
+    return mesh.on_rank_zero(merge, recipe.model, adapter, output_dir / "model")
 
 
 def open_log(recipe: Recipe, mesh: SPMesh, first_step: int) -> RunLogger:
@@ -194,22 +258,26 @@ def open_log(recipe: Recipe, mesh: SPMesh, first_step: int) -> RunLogger:
 
 
 def describe(
-    recipe: Recipe, mesh: SPMesh, engine: Any, num_parameters: int, first_step: int
+    recipe: Recipe, mesh: SPMesh, engine: Any, stages: list[Stage], first_step: int
 ) -> str:
     """What is about to be trained, and on what."""
-    config = engine.module.config
+    config, trained = engine.module.config, num_parameters(engine.module, only_trainable=True)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     linear = kinds.count("linear_attention")
-    sequences = recipe.micro_batch_size * recipe.gradient_accumulation_steps * mesh.dp
     rows = {
         "model": f"{recipe.model} ({type(engine.module).__name__}, {recipe.dtype})",
-        "parameters": f"{num_parameters:,}",
+        "parameters": f"{num_parameters(engine.module):,} ({trained:,} trained)",
         "layers": f"{len(kinds)} ({linear} linear, {len(kinds) - linear} softmax)",
         "mesh": f"dp {mesh.dp} x ring {mesh.ring} x ulysses {mesh.ulysses} on {mesh.device.type}",
         "ZeRO stage": str(engine.zero_optimization_stage()),
-        "tokens per step": f"{sequences * recipe.seq_length:,} ({sequences} sequences)",
-        "steps": f"{first_step} taken, {recipe.max_steps} in all",
+        "steps": f"{first_step} taken, {stages[-1].last_step} in all",
     }
+    for stage in stages:
+        sequences = stage.micro_batch_size * stage.gradient_accumulation_steps * mesh.dp
+        tokens = f"{sequences * stage.seq_length:,} tokens per step"
+        rows[f"steps {stage.first_step}-{stage.last_step}"] = (
+            f"{tokens} ({sequences} sequences of {stage.seq_length:,})"
+        )
     return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
 
 
@@ -220,42 +288,6 @@ def generate(directory: Path, recipe: Recipe) -> str:
     prompt = tokenizer(recipe.generate_prompt, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=recipe.max_new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
-
-
-def keep_quiet(is_main: bool) -> None:
-    """Let only rank 0 speak, and keep libraries from warning about each other."""
-    # DeepSpeed 0.19.8 calls functions that torch 2.13 is about to rename, twice per step.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # DeepSpeed's schedulers warn about what their own constructors do.
-    hide = "Attempting to get learning rate from scheduler before it has started"
-    deepspeed_logger = logging.getLogger("DeepSpeed")
-    deepspeed_logger.addFilter(lambda record: hide not in record.getMessage())
-    if is_main:
-        return
-    warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    # A filter, because DeepSpeed sets its logger's level when it is imported, later on.
-    deepspeed_logger.addFilter(lambda record: record.levelno >= logging.ERROR)
-
-
-@contextlib.contextmanager
-def errors_of_users(*, show_traceback: bool) -> Iterator[None]:
-    """Turn a ValueError into one line of rank 0 and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        if show_traceback:
-            raise
-        rank = rank_from_environment().rank
-        if rank > 0:
-            # An error of all ranks is told by rank 0, and the launcher ends the others meanwhile.
-            # One that only this rank met would otherwise not be told by anyone.
-            time.sleep(3)
-        whose = "error" if rank == 0 else f"error on rank {rank}"
-        print(f"{whose}: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ file here and adding it to `ADAPTERS`; `hybridsp.parallelize` refuses every fami
 that no adapter vouches for.
 """
 
-from hybridsp.adapters.base import IMPLEMENTATION, Adapter, decoder_layers, set_keep_attention
+from hybridsp.adapters.base import IMPLEMENTATION, Adapter, decoder_layers, set_checkpointing
 from hybridsp.adapters.dense import DenseAdapter
 from hybridsp.adapters.hybrid_gla import HybridGLAAdapter
 
@@ -16,4 +16,4 @@ ADAPTERS: dict[str, Adapter] = {
     for model_type in adapter.model_types
 }
 
-__all__ = ["ADAPTERS", "IMPLEMENTATION", "Adapter", "decoder_layers", "set_keep_attention"]
+__all__ = ["ADAPTERS", "IMPLEMENTATION", "Adapter", "decoder_layers", "set_checkpointing"]

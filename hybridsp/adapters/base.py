@@ -8,12 +8,15 @@ adapter, and only models that were parallelized have the name in their config.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from hybridsp.attention import KeepingAttention, softmax_attention
+from hybridsp.memory import ActivationOffload, OffloadingCheckpoint
 from hybridsp.mesh import SPMesh
 
 IMPLEMENTATION = "hybridsp"
@@ -26,12 +29,26 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(next(lists, []))
 
 
-def set_keep_attention(layer: nn.Module, keep: bool) -> None:
-    """Whether attention runs forward once where the layer's activations are checkpointed.
+def set_checkpointing(
+    layer: nn.Module, *, keep_attention: bool, offload: ActivationOffload | None, is_last: bool
+) -> None:
+    """What becomes of the layer's activations where they are checkpointed.
 
     It does not matter whether checkpointing is switched on before this or later.
+
+    Args:
+        layer: a decoder layer.
+        keep_attention: whether attention runs forward once.
+        offload: takes what the layer started from to the host; None leaves it on the device.
+        is_last: whether no other layer follows.
     """
-    layer.keeps_attention = keep  # type: ignore[assignment]
+    put_away = None if offload is None else offload.put_away
+    wrap: list[Callable[[Any], Any]] = []
+    if keep_attention:
+        wrap.append(functools.partial(KeepingAttention, put_away=put_away))
+    if offload is not None:
+        wrap.append(functools.partial(OffloadingCheckpoint, offload=offload, is_last=is_last))
+    layer.checkpoint_wrappers = wrap  # type: ignore[assignment]
     if _choose_checkpoint not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(_choose_checkpoint)
 
@@ -42,10 +59,11 @@ def _choose_checkpoint(layer: Any, args: Any) -> None:
     checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
     if checkpoint is None:
         return
-    if isinstance(checkpoint, KeepingAttention):
+    while isinstance(checkpoint, (KeepingAttention, OffloadingCheckpoint)):
         checkpoint = checkpoint.checkpoint
-    keeping = KeepingAttention(checkpoint) if layer.keeps_attention else checkpoint
-    layer._gradient_checkpointing_func = keeping
+    for wrap in layer.checkpoint_wrappers:
+        checkpoint = wrap(checkpoint)
+    layer._gradient_checkpointing_func = checkpoint
 
 
 class Adapter:
@@ -56,12 +74,15 @@ class Adapter:
         tokenwise: children of a decoder layer that work on each token alone, which need nothing.
         softmax: class names of mixers that call transformers' `AttentionInterface`.
         linear: class names of mixers that call the registries of `hybridsp.ops`.
+        mlps: class names of the child `mlp` that can be computed in tiles: it maps [B, L, D] to
+            [B, L, D], and does nothing else with its tokens (as counting who goes where).
     """
 
     model_types: tuple[str, ...] = ()
     tokenwise: tuple[str, ...] = ("mlp", "input_layernorm", "post_attention_layernorm")
     softmax: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
+    mlps: tuple[str, ...] = ()
 
     def problems(self, model: PreTrainedModel, mesh: SPMesh) -> list[str]:
         """What this model asks for that the mesh, or SP at all, does not do, one line each."""
@@ -100,6 +121,11 @@ class Adapter:
         """Whether `install` can make this mixer sequence-parallel."""
         # By name, not by class: `trust_remote_code` loads a copy of the class.
         return type(mixer).__name__ in (*self.softmax, *self.linear)
+
+    def mlp(self, layer: nn.Module) -> nn.Module | None:
+        """The MLP of a decoder layer, if it can be computed in tiles."""
+        mlp = getattr(layer, "mlp", None)
+        return mlp if type(mlp).__name__ in self.mlps else None
 
     def install(self, mixer: nn.Module, mesh: SPMesh) -> None:
         """Make a mixer sequence-parallel."""

@@ -8,3 +8,4 @@ class DenseAdapter(Adapter):
 
     model_types = ("llama", "mistral", "qwen2", "qwen3")
     softmax = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+    mlps = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")

@@ -17,6 +17,7 @@ class HybridGLAAdapter(Adapter):
     model_types = ("hybrid_gla",)
     softmax = ("HybridGLAAttention",)
     linear = ("HybridGLALinearAttention",)
+    mlps = ("LlamaMLP",)
 
 
 def sp_linear_attention(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 OutAndLse = tuple[Tensor, Tensor]
 Attend = Callable[[], OutAndLse]
+PutAway = Callable[[Tensor], Callable[[], Tensor]]
 
 # What is done with the attention of the checkpointed call that runs now; None outside of one.
 _treatment: ContextVar[Callable[[Attend], OutAndLse] | None] = ContextVar("treatment", default=None)
@@ -43,24 +44,32 @@ class KeepingAttention:
     Args:
         checkpoint: `torch.utils.checkpoint.checkpoint`, reentrant or not, or whatever else takes a
             function and its arguments, calls it, and calls it again in the backward.
+        put_away: called in the first run with each tensor that is kept; what it returns is called
+            in the second, and returns the tensor. None to hold the tensors as they are.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+    def __init__(self, checkpoint: Callable[..., Any], put_away: PutAway | None = None) -> None:
         self.checkpoint = checkpoint
+        self.put_away = put_away or _hold
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint `function(*args)`; `kwargs` as the checkpointing function defines them."""
         if torch.is_grad_enabled():
-            function = _Call(function)
+            function = _Call(function, self.put_away)
         return self.checkpoint(function, *args, **kwargs)
+
+
+def _hold(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
 
 
 class _Call:
     """The function of one checkpointed call, and out and lse of each attention in it, by number."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], put_away: PutAway) -> None:
         self._function = function
-        self._kept: dict[int, OutAndLse] = {}
+        self._put_away = put_away
+        self._kept: dict[int, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {}
         self._has_run = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,11 +85,11 @@ class _Call:
     def _keep(self, number: int, attend: Attend) -> OutAndLse:
         out, lse = attend()
         # Detached: `out` is about to become part of the graph, which holds this object.
-        self._kept[number] = out.detach(), lse
+        self._kept[number] = self._put_away(out.detach()), self._put_away(lse)
         return out, lse
 
     def _take(self, number: int, attend: Attend) -> OutAndLse:
         # Taken for good, so that memory is free when the layer's backward is done. Who goes
         # backward through a retained graph once more computes attention once more.
         kept = self._kept.pop(number, None)
-        return attend() if kept is None else kept
+        return attend() if kept is None else (kept[0](), kept[1]())

@@ -5,6 +5,8 @@
                 and every other way to parallelise it
     softmax     softmax attention against the kernel of one    hybridsp bench softmax
                 device, every split in ring x Ulysses
+    step        one training step of a whole model, beside     hybridsp bench step
+                the planner's memory and time
 
 A benchmark is a module with `add_arguments(parser)` and `run(args)`, named in `cli.BENCHES`. It
 measures with `timing`, joins the job and speaks with one voice through `job`, and leaves a table, a

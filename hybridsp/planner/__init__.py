@@ -1,7 +1,7 @@
 """What a run will need and how fast it will be, from the model's config alone.
 
-setting   one way to run: degrees, ZeRO stage, what is offloaded; and what the code can do today
-model     layers, parameters and products of a config
+setting   one way to run: degrees, ZeRO stage, what is kept, offloaded, computed in tiles
+model     layers, parameters and products of a config (presets: of well-known models)
 hardware  what GPUs, links and hosts do per second, measured or from data sheets
 memory    peak of a GPU and of a host, item by item (activations: what layers keep and need)
 time      seconds of an optimizer step, part by part, each with what bounds it
@@ -19,10 +19,9 @@ from hybridsp.planner.hardware import GPUS, Cluster
 from hybridsp.planner.model import ModelShape, load_shape
 from hybridsp.planner.report import render
 from hybridsp.planner.search import Job, Plan, make_plan
-from hybridsp.planner.setting import FEATURES, Setting
+from hybridsp.planner.setting import Setting
 
 __all__ = [
-    "FEATURES",
     "GPUS",
     "Cluster",
     "Job",

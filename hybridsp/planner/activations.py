@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from hybridsp.planner.model import LINEAR, SOFTMAX, ModelShape
 from hybridsp.planner.setting import Setting
 
-# hybridsp/ops/gla/triton/plan.py; importing it would need Triton.
-CHUNK = 64
+# hybridsp/ops/gla/triton/plan.py; importing it would need Triton. Columns of a state that a walk
+# takes at a time follow from the launch, BLOCK_V is the usual one.
+CHUNK, LONGEST_STRETCH, BLOCK_V = 64, 64, 64
 WORKSPACE_BYTES = 2**30
 # hybridsp/ops/softmax: queries of plain attention are walked in tiles of so many, and at most four
 # fp32 matrices [tile, keys] are there at once (probabilities, their gradient and two temporaries).
@@ -57,7 +58,7 @@ def layer_bytes(model: ModelShape, setting: Setting, kind: str, length: int) -> 
 
     Args:
         model: its shape.
-        setting: degrees, dtype and features.
+        setting: degrees, dtype, and what is computed in tiles.
         kind: SOFTMAX or LINEAR.
         length: T, tokens of the whole sequence.
     """
@@ -71,11 +72,13 @@ def layer_bytes(model: ModelShape, setting: Setting, kind: str, length: int) -> 
     else:
         before, after, work = _linear_mixer(model, tokens, e)
     # gate, silu(gate), up and their product; in the backward two of its gradients stand beside
-    # them. Tiled: as many tokens at a time as a token has channels, as in ALST's.
+    # them.
     mlp, mlp_work = 4 * e * width, 2 * e * width
-    if "tiled_mlp" in setting.features:
-        tile = min(tokens, model.config.hidden_size)
-        mlp, mlp_work = 0, 6 * e * tile * model.config.intermediate_size
+    if tile := setting.tile(length):
+        # Its input only, which the norm's output is. In the backward the gradients of weights are
+        # there in fp32, summed, and in the weights' dtype, those of this tile and the last one.
+        sums = (4 + 2 * e) * model.mlp_parameters
+        mlp, mlp_work = 0, 6 * e * tile * model.config.intermediate_size + sums
     return LayerBytes(
         before=norm + before,
         after=after + norm,
@@ -137,15 +140,27 @@ def _linear_mixer(model: ModelShape, tokens: int, e: int) -> tuple[float, float,
         after += norm_kept(tokens * heads, value_dim, e)
     if c.linear_output_gate:
         after += 3 * e * values  # the gate before and behind silu, the output that it multiplies
-    chunks = -(-tokens // CHUNK)
-    pairs = 4 * CHUNK * tokens * heads
-    per_head = 2 * chunks * key_dim * value_dim * e
-    workspace = min(WORKSPACE_BYTES, heads * per_head)
     # dout and dv; q and k as the chunks' edges see them, then dq and dk; dg.
-    core = e * (2 * values + 2 * keys) + 4 * gates + pairs + workspace
+    core = e * (2 * values + 2 * keys) + 4 * gates + _chunks_work(model, tokens, e)
     # Behind the core: dq, dk, dv, dg, and dg on its way through logsigmoid.
     behind = e * (values + 2 * keys) + 12 * gates
     return before, after, max(core, behind)
+
+
+def _chunks_work(model: ModelShape, tokens: int, e: int) -> float:
+    """What the kernels' backward holds of chunks (`ops/gla/triton/passes.py`)."""
+    c = model.config
+    heads, key_dim, value_dim = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
+    chunks = -(-tokens // CHUNK)
+    pairs = 4 * CHUNK * CHUNK * chunks * heads
+    decays = 4 * chunks * model.gates
+    # States at the ends of stretches, and their gradients, in fp32.
+    stretches = 2 * 4 * -(-chunks // LONGEST_STRETCH) * heads * key_dim * value_dim
+    # Of each chunk of a part: its state; its gradient, in bf16 with eight bits more; S x D.
+    tails = 0 if e == 4 else 1
+    crossed = 4 * key_dim * -(-value_dim // BLOCK_V)
+    of_a_chunk = (2 * e + tails) * key_dim * value_dim + crossed
+    return pairs + decays + stretches + min(WORKSPACE_BYTES, heads * chunks * of_a_chunk)
 
 
 __all__ = ["LINEAR", "SOFTMAX", "LayerBytes", "layer_bytes", "norm_kept"]

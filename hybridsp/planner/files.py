@@ -42,8 +42,13 @@ def write_files(plan: Plan, out: str | Path) -> list[Path]:
         The files.
 
     Raises:
-        ValueError: one of them is there already.
+        ValueError: one of them is there already, or the model is a preset.
     """
+    if plan.job.model.is_preset:
+        raise ValueError(
+            f"MODEL = {plan.job.model.path} is a shape without weights, so there is no recipe to "
+            "train it: leave --out out, or give a checkpoint"
+        )
     out = Path(out)
     config_file, recipe_file = out / DEEPSPEED_FILE, out / RECIPE_FILE
     for file in (config_file, recipe_file):
@@ -81,6 +86,9 @@ def recipe_of(plan: Plan, out: Path) -> Recipe:
         deepspeed=str(out / DEEPSPEED_FILE),
         dtype=DTYPES[setting.dtype_bytes],
         activation_checkpointing=setting.checkpointing,
+        keep_attention=setting.keep_attention,
+        offload_activations=setting.offload_activations,
+        tiled_mlp=setting.tiled_mlp,
         **TO_CHOOSE,
     )
 
@@ -116,6 +124,9 @@ def recipe_text(plan: Plan, recipe: Recipe, out: Path) -> str:
             "deepspeed",
             "dtype",
             "activation_checkpointing",
+            "keep_attention",
+            "offload_activations",
+            "tiled_mlp",
         ],
     }
     for comment, names in groups.items():

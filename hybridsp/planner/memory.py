@@ -4,7 +4,7 @@ A GPU holds, all the time, its share of weights, gradients and optimizer states;
 all N ranks, since each carries other tokens. On top comes whatever the step is doing, and the peak
 is the widest of these phases:
 
-    loading      DeepSpeed 0.19.8 moves a whole model to the device before it splits it
+    loading      the whole model; under ZeRO-3 a share of it, and one weight at a time
     a layer's    inputs of all layers, one layer computed again and its backward (`activations`)
     loss         inputs of all layers, a tile of logits, the head's gradient in fp32
     update       fp32 gradients of what this rank updates
@@ -17,12 +17,15 @@ Bytes per parameter, e = 2 (bf16) or 4 (fp32), before the division by N:
     2        e         e           12                   and gradients
     3        e         e           12                   and weights
 
-With the optimizer offloaded, its states and the gradients of stages 2 and 3 are the host's.
+With the optimizer offloaded, its states and the gradients of stages 2 and 3 are the host's. With
+activations offloaded, so is what checkpointing keeps of all layers but two.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hybridsp.planner.activations import LayerBytes, layer_bytes, norm_kept
 from hybridsp.planner.hardware import GIB, Cluster
@@ -37,6 +40,7 @@ NCCL_BUFFERS = 1.0 * GIB
 FRAGMENTATION = 0.05
 # Of a rank's process in the host: Python, libraries, pinned staging buffers. An assumption.
 HOST_PROCESS = 4 * GIB
+HOST_PAGE = 64 * 2**20  # hybridsp/memory/offload.py; a tensor takes whole pages
 
 TOKENS_PER_TILE = 1024  # hybridsp/ops/cross_entropy.py
 BUCKET = 50_000_000  # numbers; reduce_bucket_size of ds_configs/*.json
@@ -79,6 +83,14 @@ class Memory:
     def peak(self) -> float:
         """Of a GPU, over all phases."""
         return self.total(self.phase)
+
+    @property
+    def allocated(self) -> float:
+        """What PyTorch's allocator hands out at the most during a step: the peak of a GPU without
+        what it does not see, and without loading.
+        """
+        unseen = CUDA_CONTEXT + self.always["NCCL buffers"]
+        return max(self.total(name) for name in self.phases if name != "loading") - unseen
 
     @property
     def host_total(self) -> float:
@@ -157,49 +169,72 @@ def sharded_states(parameters: int, setting: Setting) -> States:
 
 def _phases(model: ModelShape, setting: Setting, length: int) -> dict[str, dict[str, float]]:
     layers = {kind: layer_bytes(model, setting, kind, length) for kind in model.kinds}
-    stream = _between_layers(model, setting, layers, length)
+    kept = _kept_by_checkpoints(model, setting, length)
+    shared = _shared_by_layers(model, setting, layers, length)
+    stream = kept | shared
     gathered = _gathered(model, setting)
     phases = {"loading": _loading(model, setting)}
     for kind, layer in layers.items():
         for part, num_bytes in layer.phases.items():
-            # Without checkpointing this layer's own part is in `stream` as well.
-            own = num_bytes if setting.checkpointing else num_bytes - layer.kept
+            # This layer's own part is in `stream` as well: all of it without checkpointing, with
+            # it what is kept of attention.
+            own = num_bytes - (0 if setting.checkpointing else layer.kept)
+            if kind == SOFTMAX and setting.keeps_attention:
+                own -= kept_attention(model, setting, length)
             phases[f"backward of a {kind} layer ({part})"] = {
                 **stream,
                 **gathered,
                 "gradient buckets": _buckets(model, setting, kind),
                 "one layer's activations": max(own, 0.0),
             }
-    phases["loss"] = {**stream, **gathered, **_loss(model, setting, length)}
+    # Before the head, the last layer's copy to the host is waited for.
+    before_head = shared if setting.offload_activations else stream
+    phases["loss"] = {**before_head, **gathered, **_loss(model, setting, length)}
     phases["update"] = {"fp32 gradients": sharded_states(model.parameters, setting).update}
     return phases
 
 
-def _between_layers(
+def layer_input(model: ModelShape, setting: Setting, length: int) -> float:
+    """What checkpointing keeps of every layer: [B, L, D]."""
+    return setting.dtype_bytes * model.config.hidden_size * setting.local_tokens(length)
+
+
+def kept_attention(model: ModelShape, setting: Setting, length: int) -> float:
+    """What `keep_attention` keeps of a softmax layer besides: out, and lse in fp32."""
+    c, tokens = model.config, setting.local_tokens(length)
+    return tokens * c.num_attention_heads * (setting.dtype_bytes * c.head_dim + 4)
+
+
+def _kept_by_checkpoints(model: ModelShape, setting: Setting, length: int) -> dict[str, float]:
+    """What is on the device of what checkpointing keeps."""
+    if not setting.checkpointing:
+        return {}
+    layers, softmax = model.num_layers, model.count(SOFTMAX)
+    if setting.offload_activations:
+        # This layer's, and that of the layer whose copy is under way: the one before, forward, the
+        # one that is next, backward.
+        layers = min(2, layers)
+        kinds = [kind == SOFTMAX for kind in model.config.layer_types]
+        softmax = max([kinds[0], *(a + b for a, b in pairwise(kinds))])
+    kept = softmax * kept_attention(model, setting, length) if setting.keep_attention else 0.0
+    return {"layer inputs": layers * layer_input(model, setting, length), "kept attention": kept}
+
+
+def _shared_by_layers(
     model: ModelShape, setting: Setting, layers: dict[str, LayerBytes], length: int
 ) -> dict[str, float]:
-    """What lasts from one layer to the next."""
+    """What lasts from the first layer to the last."""
     c, tokens, e = model.config, setting.local_tokens(length), setting.dtype_bytes
-    one = e * c.hidden_size * tokens
     rotated = {"softmax": c.softmax_rope * c.head_dim, "linear": c.linear_rope}
     rotated["linear"] *= c.linear_key_head_dim
     shared = 2 * e * tokens * sum(rotated.values()) + 3 * 8 * tokens
     # The final norm keeps its input, and the head its own.
-    final = norm_kept(tokens, c.hidden_size, e) + one
-    if setting.checkpointing:
-        held = min(2, model.num_layers) if _offloads(setting) else model.num_layers
-        items = {"layer inputs": held * one, "token data and final norm": shared + final}
-        if model.count(SOFTMAX) and "keep_attention" in setting.features:
-            # What each softmax layer keeps for its recomputation: out, and lse in fp32.
-            of_a_token = c.num_attention_heads * (e * c.head_dim + 4)
-            items["kept attention"] = model.count(SOFTMAX) * tokens * of_a_token
-        return items
+    final = norm_kept(tokens, c.hidden_size, e) + e * c.hidden_size * tokens
     kept = sum(model.count(kind) * layer.kept for kind, layer in layers.items())
-    return {"activations of all layers": kept, "token data and final norm": shared + final}
-
-
-def _offloads(setting: Setting) -> bool:
-    return setting.checkpointing and "offload_activations" in setting.features
+    return {
+        "token data and final norm": shared + final,
+        "activations of all layers": 0.0 if setting.checkpointing else kept,
+    }
 
 
 def _gathered(model: ModelShape, setting: Setting) -> dict[str, float]:
@@ -244,29 +279,38 @@ def _loading(model: ModelShape, setting: Setting) -> dict[str, float]:
     e, whole = setting.dtype_bytes, model.parameters
     if setting.stage < 3:
         return {"whole weights": e * whole}
-    part = whole / setting.gpus
-    if "sharded_loading" in setting.features or setting.gpus == 1:
-        return {"whole weights": e * (part + model.embedding)}
-    return {"whole weights": e * (whole + part)}
+    return {"shares of weights": e * whole / setting.gpus, "one weight": e * _largest(model)}
+
+
+def _largest(model: ModelShape) -> int:
+    """Numbers in the largest weight of all."""
+    return max(model.embedding, model.largest_weight)
 
 
 def _host(model: ModelShape, setting: Setting, cluster: Cluster, length: int) -> dict[str, float]:
     ranks, e = min(cluster.local, setting.gpus), setting.dtype_bytes
-    part = "sharded_loading" in setting.features and setting.stage == 3
-    loaded = e * model.parameters / (setting.gpus if part else 1)
+    # Every rank reads the weights into its own memory before they go to its GPU, under ZeRO-3 one
+    # at a time; what is offloaded comes after that.
+    loaded = e * (_largest(model) if setting.stage == 3 else model.parameters)
     states = sharded_states(model.parameters, setting).host
-    inputs = 0.0
-    if _offloads(setting):
-        one = e * model.config.hidden_size * setting.local_tokens(length)
-        inputs = one * model.num_layers
-    # Every rank reads the weights into its own memory before they go to its GPU; what is
-    # offloaded comes after that.
+    inputs = attention = 0.0
+    if setting.offload_activations:
+        inputs = model.num_layers * _in_pages(layer_input(model, setting, length))
+        if setting.keep_attention:
+            lse = 4.0 * setting.local_tokens(length) * model.config.num_attention_heads
+            out = kept_attention(model, setting, length) - lse
+            attention = model.count(SOFTMAX) * (_in_pages(out) + _in_pages(lse))
     return {
         "processes": HOST_PROCESS * ranks,
         "offloaded optimizer": states * ranks,
         "layer inputs": inputs * ranks,
-        "weights while loading": max(loaded - states - inputs, 0.0) * ranks,
+        "kept attention": attention * ranks,
+        "weights while loading": max(loaded - states - inputs - attention, 0.0) * ranks,
     }
 
 
-__all__ = ["Memory", "States", "memory", "sharded_states"]
+def _in_pages(num_bytes: float) -> float:
+    return HOST_PAGE * math.ceil(num_bytes / HOST_PAGE)
+
+
+__all__ = ["Memory", "States", "kept_attention", "layer_input", "memory", "sharded_states"]

@@ -20,6 +20,7 @@ from hybridsp.convert.layer_choice import SoftmaxLayers
 from hybridsp.convert.mapping import SUPPORTED_MODEL_TYPES, hybrid_config
 from hybridsp.convert.source import find_source
 from hybridsp.models.hybrid_gla import HybridGLAConfig
+from hybridsp.planner.presets import PRESETS, preset_config
 
 SOFTMAX, LINEAR = "full_attention", "linear_attention"
 
@@ -29,7 +30,7 @@ class ModelShape:
     """What is known of a model without its weights.
 
     Attributes:
-        path: where its config is.
+        path: where its config is, or the name of a preset.
         model_type: the family of that config.
         config: the same architecture in the family of hybrids.
         softmax_layers: the choice by which a dense model was turned into a hybrid, if it was.
@@ -44,6 +45,11 @@ class ModelShape:
     def is_gguf(self) -> bool:
         """Whether the model is a GGUF file."""
         return _is_gguf(self.path)
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether there is nothing but a shape."""
+        return _is_preset(self.path)
 
     @cached_property
     def kinds(self) -> dict[str, int]:
@@ -81,16 +87,25 @@ class ModelShape:
     def layer_parameters(self, kind: str) -> int:
         """Parameters of one decoder layer."""
         c = self.config
-        mlp = 3 * c.hidden_size * c.intermediate_size
-        mlp += (2 * c.intermediate_size + c.hidden_size) * bool(c.mlp_bias)
         mixer = sum(rows * columns for rows, columns in self.mixer_products(kind))
-        return mlp + mixer + self._mixer_vectors(kind) + 2 * c.hidden_size
+        return self.mlp_parameters + mixer + self._mixer_vectors(kind) + 2 * c.hidden_size
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Parameters of one layer's MLP."""
+        c = self.config
+        biases = (2 * c.intermediate_size + c.hidden_size) * bool(c.mlp_bias)
+        return 3 * c.hidden_size * c.intermediate_size + biases
 
     def layer_products(self, kind: str) -> list[tuple[int, int]]:
         """(inputs, outputs) of every matrix that a layer multiplies each token with."""
+        return self.mixer_products(kind) + self.mlp_products
+
+    @property
+    def mlp_products(self) -> list[tuple[int, int]]:
+        """Those of its MLP."""
         c = self.config
-        mlp = [(c.hidden_size, c.intermediate_size)] * 2 + [(c.intermediate_size, c.hidden_size)]
-        return self.mixer_products(kind) + mlp
+        return [(c.hidden_size, c.intermediate_size)] * 2 + [(c.intermediate_size, c.hidden_size)]
 
     def mixer_products(self, kind: str) -> list[tuple[int, int]]:
         """Those of its token mixer."""
@@ -145,7 +160,8 @@ def load_shape(path: str | Path, softmax_layers: SoftmaxLayers | None = None) ->
     """Read a model's config.
 
     Args:
-        path: a folder with config.json, a config.json, or a GGUF file; weights are not read.
+        path: a folder with config.json, a config.json, a GGUF file, or the name of a preset;
+            weights are not read.
         softmax_layers: which layers would stay softmax if a dense model were converted, as in
             `hybridsp convert`; None to take the model as it is.
 
@@ -154,7 +170,7 @@ def load_shape(path: str | Path, softmax_layers: SoftmaxLayers | None = None) ->
             layers for a model that has already got one.
         FileNotFoundError: nothing there.
     """
-    config = _load_config(Path(path))
+    config = load_config(path)
     if isinstance(config, HybridGLAConfig):
         if softmax_layers is not None:
             raise ValueError(
@@ -175,14 +191,23 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists())
 
 
-def _load_config(path: Path) -> PretrainedConfig:
+def _is_preset(path: Path) -> bool:
+    return str(path) in PRESETS and not path.exists()
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The config at a path, as `load_shape` takes it, in its own family; raises as that does."""
+    path = Path(path)
+    if _is_preset(path):
+        return preset_config(str(path))
     if _is_gguf(path):
         return find_source(path).load_config()
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise FileNotFoundError(
-            f"MODEL = {path} does not exist; give a folder with config.json, a config.json or a "
-            "GGUF file (`hf download NAME config.json --local-dir DIR` fetches the config alone)"
+            f"MODEL = {path} does not exist; give a folder with config.json, a config.json, a GGUF "
+            f"file or one of {', '.join(PRESETS)} (`hf download NAME config.json --local-dir DIR` "
+            "fetches the config alone)"
         )
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
@@ -199,4 +224,4 @@ def _load_config(path: Path) -> PretrainedConfig:
     return CONFIG_MAPPING[model_type].from_dict(fields)
 
 
-__all__ = ["LINEAR", "SOFTMAX", "ModelShape", "load_shape"]
+__all__ = ["LINEAR", "SOFTMAX", "ModelShape", "load_config", "load_shape"]

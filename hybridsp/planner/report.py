@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hybridsp.planner.hardware import GIB
 from hybridsp.planner.model import LINEAR, SOFTMAX, ModelShape
 from hybridsp.planner.search import Candidate, Plan, longest
-from hybridsp.planner.setting import FEATURES, Setting
+from hybridsp.planner.setting import Setting
 
 ALTERNATIVES = 8
 
@@ -39,10 +39,14 @@ def render(plan: Plan, rival: Plan | str | None = None) -> str:
 def describe_setting(setting: Setting) -> str:
     """A setting in one line."""
     where = "on the host" if setting.offload_optimizer else "on the GPU"
-    checkpointing = "on" if setting.checkpointing else "off"
+    checkpointing = "off"
+    if setting.checkpointing:
+        checkpointing = "on the host" if setting.offload_activations else "on the GPU"
+        checkpointing += "" if setting.keep_attention else " without attention"
+    tiles = f", MLP in tiles of {setting.tiled_mlp:,} tokens" if setting.tiled_mlp else ""
     return (
         f"dp {setting.dp} x ring {setting.ring} x ulysses {setting.ulysses}, ZeRO-{setting.stage}, "
-        f"optimizer {where}, activation checkpointing {checkpointing}"
+        f"optimizer {where}, activation checkpoints {checkpointing}{tiles}"
     )
 
 
@@ -53,9 +57,8 @@ def _summary(plan: Plan) -> str:
     further = ""
     if furthest != setting and reach > plan.longest:
         further = f"; {reach:,} with {describe_setting(furthest)}"
-    assumed = f"; assumes {', '.join(sorted(job.assumed))}" if job.assumed else ""
     rows = {
-        "model": f"{job.model.path} ({_family(job.model)}, {job.dtype}{assumed})",
+        "model": f"{job.model.path} ({_family(job.model)}, {job.dtype})",
         "parameters": f"{job.model.parameters:,}",
         "layers": _layers(job.model),
         "sequence": f"{job.length:,} tokens, {job.batch} per optimizer step",
@@ -125,7 +128,8 @@ def _alternatives(plan: Plan) -> str:
             [
                 f"ZeRO-{setting.stage}",
                 "host" if setting.offload_optimizer else "GPU",
-                "on" if setting.checkpointing else "off",
+                _checkpoints(setting),
+                "tiles" if setting.tile(plan.job.length) else "whole",
                 f"{setting.dp} x {setting.ring} x {setting.ulysses}",
                 _gib(memory.peak),
                 _seconds(candidate.time.seconds),
@@ -133,10 +137,18 @@ def _alternatives(plan: Plan) -> str:
                 _why(plan, candidate),
             ]
         )
-    header = ["Candidate", "optimizer", "checkpoint", "dp x ring x ulysses", "GiB", "step"]
+    header = ["Candidate", "optimizer", "checkpoints", "MLP", "dp x ring x ulysses", "GiB", "step"]
     table = _table([*header, "longest", ""], rows)
     hidden = len(plan.candidates) - len(shown)
     return table + (f"\nand {hidden} more" if hidden else "")
+
+
+def _checkpoints(setting: Setting) -> str:
+    """Where they are, and whether attention is among them."""
+    if not setting.checkpointing:
+        return "off"
+    where = "host" if setting.offload_activations else "GPU"
+    return where if setting.keep_attention else f"{where}, attention again"
 
 
 def _shown(plan: Plan) -> Sequence[Candidate]:
@@ -156,7 +168,7 @@ def _why(plan: Plan, candidate: Candidate) -> str:
     if memory.short_host > 0:
         return f"host short by {_gib(memory.short_host)} GiB"
     slower = candidate.time.seconds / best.time.seconds - 1
-    return f"{slower:.0%} slower" if slower >= 0.01 else "as fast, but more is split or offloaded"
+    return f"{slower:.0%} slower" if slower >= 0.01 else "as fast, but tighter or less simple"
 
 
 def _comparison(plan: Plan, rival: Plan | str) -> str:
@@ -183,19 +195,10 @@ def _comparison(plan: Plan, rival: Plan | str) -> str:
 def _notes(plan: Plan) -> str:
     chip = plan.job.cluster.chip
     measured = ", ".join(sorted(chip.measured)) or "nothing"
-    lines = [
+    return (
         f"A model, not a measurement. Of {plan.job.cluster.gpu}'s constants measured: {measured}; "
         "the rest from data sheets and other chips' shares of them (docs/planner.md)."
-    ]
-    missing = {
-        name: feature.what
-        for name, feature in FEATURES.items()
-        if not feature.available and name not in plan.job.assumed
-    }
-    if missing:
-        lines.append("Not built yet, and not counted on; --assume NAME shows what it would bring:")
-        lines += [f"  {name:<20} {what}" for name, what in missing.items()]
-    return "\n".join(lines)
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,21 +2,23 @@
 
 The degrees of sequence and data parallelism that fit the batch, ZeRO stages 1 to 3, the optimizer
 on the GPU or on the host (at stage 3, as `ds_configs/zero3_offload.json` has it), layers
-checkpointed or not: of those that fit, the fastest is recommended. Of equally fast ones those that
-leave some room come first, for the memory model is not exact; then what offloads less and the lower
-stage, which are simpler.
+checkpointed or not, what checkpointing keeps, on the GPU or on the host, the MLP whole or in tiles:
+of those that fit, the fastest is recommended. Of equally fast ones those that leave some room come
+first, for the memory model is not exact; then what offloads less and the lower stage, which are
+simpler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from hybridsp.mesh import choose_degrees
 from hybridsp.planner.hardware import GIB, GPUS, MOST_GPUS, Cluster
 from hybridsp.planner.memory import Memory, memory
-from hybridsp.planner.model import ModelShape
-from hybridsp.planner.setting import Setting, features_of
+from hybridsp.planner.model import SOFTMAX, ModelShape
+from hybridsp.planner.setting import Setting
 from hybridsp.planner.time import StepTime, step_time
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -26,6 +28,10 @@ LENGTH_STEP, LONGEST = 1024, 2**30
 SAME_SPEED = 1.01
 # Fuller than this is tight.
 TIGHT = 0.9
+# Tokens of a tile of the MLP. To sum its weights' gradients takes, on a Hopper, 300 tokens' worth
+# of its products per tile, whatever the model; and a tile of an 8B model needs 1.3 GiB.
+TILE = 8192
+STAGES = ((1, False), (2, False), (3, False), (3, True))  # and whether the optimizer is offloaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,6 @@ class Job:
         length: T, tokens of a sequence.
         batch: sequences per optimizer step.
         dtype: "bf16" or "fp32".
-        assumed: features that are not built yet, to be counted on nevertheless.
 
     Raises:
         ValueError: a value out of range.
@@ -49,7 +54,6 @@ class Job:
     length: int
     batch: int = 1
     dtype: str = "bf16"
-    assumed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not 1 <= self.length <= LONGEST:
@@ -58,7 +62,6 @@ class Job:
             raise ValueError(f"batch = {self.batch} must be at least 1 sequence per step")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype = {self.dtype!r} is unknown; use bf16 or fp32")
-        features_of(self.assumed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ class Plan:
     Attributes:
         job: what was asked.
         best: the fastest candidate that fits.
-        candidates: all, best first, those that do not fit last.
+        candidates: all that differ at this length, best first, those that do not fit last.
         longest: tokens of the longest sequence that fits in `best`'s setting.
         longest_any: the same in any setting, and that setting.
     """
@@ -99,14 +102,12 @@ def make_plan(job: Job) -> Plan:
     best = candidates[0]
     if not best.memory.fits:
         raise ValueError(_nothing_fits(job, candidates))
-    lengths = {each.setting: longest(job, each.setting) for each in candidates}
-    furthest = max(lengths, key=lambda setting: lengths[setting])
     return Plan(
         job=job,
         best=best,
         candidates=tuple(candidates),
-        longest=lengths[best.setting],
-        longest_any=(lengths[furthest], furthest),
+        longest=longest(job, best.setting),
+        longest_any=_longest_any(job),
     )
 
 
@@ -116,19 +117,28 @@ def settings(job: Job) -> Iterator[Setting]:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     for sp in (n for n in range(1, gpus + 1) if gpus % n == 0 and batch % (gpus // n) == 0):
         ring, ulysses = choose_degrees(sp, heads, kv_heads, job.cluster.local)
-        for checkpointing in (False, True):
-            for stage, offload in ((1, False), (2, False), (3, False), (3, True)):
-                yield Setting(
-                    gpus=gpus,
-                    ring=ring,
-                    ulysses=ulysses,
-                    stage=stage,
-                    offload_optimizer=offload,
-                    checkpointing=checkpointing,
-                    batch=batch,
-                    dtype_bytes=DTYPE_BYTES[job.dtype],
-                    features=features_of(job.assumed),
-                )
+        for (stage, offload), tile, layers in product(STAGES, (None, TILE), _layers(job.model)):
+            yield Setting(
+                gpus=gpus,
+                ring=ring,
+                ulysses=ulysses,
+                stage=stage,
+                offload_optimizer=offload,
+                tiled_mlp=tile,
+                batch=batch,
+                dtype_bytes=DTYPE_BYTES[job.dtype],
+                **layers,
+            )
+
+
+def _layers(model: ModelShape) -> list[dict[str, bool]]:
+    """What becomes of what a layer computes: kept, or computed again from what is kept where."""
+    keep = (True, False) if model.count(SOFTMAX) else (True,)
+    checkpointed = [
+        {"checkpointing": True, "keep_attention": kept, "offload_activations": offload}
+        for kept, offload in product(keep, (False, True))
+    ]
+    return [{"checkpointing": False}, *checkpointed]
 
 
 def rank(job: Job) -> list[Candidate]:
@@ -140,6 +150,8 @@ def rank(job: Job) -> list[Candidate]:
             time=step_time(job.model, setting, job.cluster, job.length),
         )
         for setting in settings(job)
+        # Too few tokens for two tiles: the same as without.
+        if setting.tiled_mlp is None or setting.tile(job.length) is not None
     ]
     fitting = sorted((c for c in candidates if c.memory.fits), key=lambda c: c.time.seconds)
     others = sorted((c for c in candidates if not c.memory.fits), key=_shortfall)
@@ -149,6 +161,17 @@ def rank(job: Job) -> list[Candidate]:
         equal.sort(key=_complexity)
         fitting = equal + fitting[len(equal) :]
     return fitting + others
+
+
+def _longest_any(job: Job) -> tuple[int, Setting]:
+    """The longest sequence that fits in any setting, and that setting; 0 for none."""
+    # Those that save most come last; begun with, they leave little to look for in the others.
+    furthest, *others = reversed(list(settings(job)))
+    reach = longest(job, furthest)
+    for setting in others:
+        if memory(job.model, setting, job.cluster, reach + LENGTH_STEP).fits:
+            reach, furthest = longest(job, setting), setting
+    return reach, furthest
 
 
 def longest(job: Job, setting: Setting) -> int:
@@ -166,10 +189,12 @@ def longest(job: Job, setting: Setting) -> int:
     return below * LENGTH_STEP
 
 
-def _complexity(candidate: Candidate) -> tuple[bool, bool, int, float]:
+def _complexity(candidate: Candidate) -> tuple[bool, int, bool, bool, int, float]:
     setting, memory = candidate.setting, candidate.memory
     tight = memory.peak > TIGHT * memory.usable
-    return tight, setting.offload_optimizer, setting.stage, candidate.time.seconds
+    offloads = setting.offload_optimizer + setting.offload_activations
+    tiled, again = setting.tiled_mlp is not None, not setting.keep_attention
+    return tight, offloads, tiled, again, setting.stage, candidate.time.seconds
 
 
 def _shortfall(candidate: Candidate) -> float:
@@ -189,7 +214,7 @@ def _nothing_fits(job: Job, candidates: list[Candidate]) -> str:
             f"{nearest.short_host / GIB:.1f} GiB of host memory ({nearest.host_total / GIB:.1f} of "
             f"{nearest.host_capacity / GIB:.1f} GiB)"
         )
-    reach = max(longest(job, setting) for setting in settings(job))
+    reach, _ = _longest_any(job)
     shorter = f"sequences of up to {reach} tokens fit" if reach else "no length fits"
     return (
         f"seq = {job.length} does not fit on {cluster.gpus} x {cluster.gpu}: the nearest setting "

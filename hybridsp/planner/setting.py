@@ -1,59 +1,12 @@
-"""One way to run a job, and which features of the code it may count on.
+"""One way to run a job: how its ranks share the work, and what is kept where.
 
-A plan for today uses only what is `available`. What is not built yet is modelled too, so that
-`--assume` can show what it would bring; once it is built, its line here is all that changes.
+Every field is something that the mesh, DeepSpeed's configuration or `hybridsp.parallelize` can be
+told; `search` tries their combinations, and `files` writes the chosen one down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feature:
-    """Something that changes memory or time.
-
-    Attributes:
-        what: it does, in a few words.
-        available: whether hybridsp does it today.
-    """
-
-    what: str
-    available: bool
-
-
-FEATURES = {
-    "fused_attention": Feature(
-        what="softmax attention by fused kernels in bf16, without a score matrix", available=True
-    ),
-    "keep_attention": Feature(
-        what="checkpointing keeps softmax attention's output, so that it runs forward once",
-        available=True,
-    ),
-    "tiled_mlp": Feature(what="the MLP computed for some tokens at a time", available=False),
-    "offload_activations": Feature(
-        what="checkpointed layer inputs in host memory", available=False
-    ),
-    "sharded_loading": Feature(
-        what="weights are split while they are loaded, under ZeRO-3", available=False
-    ),
-}
-
-
-def features_of(assumed: Iterable[str] = ()) -> frozenset[str]:
-    """What is available today, and what is assumed besides.
-
-    Raises:
-        ValueError: an assumed feature is unknown.
-    """
-    assumed = set(assumed)
-    for name in sorted(assumed):
-        if name not in FEATURES:
-            raise ValueError(
-                f"assume = {name!r} is no feature; known are {', '.join(sorted(FEATURES))}"
-            )
-    return frozenset(assumed | {name for name, each in FEATURES.items() if each.available})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +19,12 @@ class Setting:
         stage: ZeRO stage, 0 to 3.
         offload_optimizer: the optimizer's states and its work are the host's.
         checkpointing: layers keep their inputs only and are computed again in the backward.
+        keep_attention: where layers are checkpointed, softmax attention's output is kept too, and
+            its kernels run forward once.
+        offload_activations: what checkpointing keeps is in host memory until its backward.
+        tiled_mlp: tokens that an MLP computes at a time; None for all at once.
         batch: sequences per optimizer step, a multiple of dp.
         dtype_bytes: of weights and activations, 2 (bf16) or 4 (fp32).
-        features: names in FEATURES to count on.
     """
 
     gpus: int
@@ -77,9 +33,14 @@ class Setting:
     stage: int
     offload_optimizer: bool
     checkpointing: bool
+    keep_attention: bool = True
+    offload_activations: bool = False
+    tiled_mlp: int | None = None
     batch: int
     dtype_bytes: int
-    features: frozenset[str]
+
+    def __post_init__(self) -> None:
+        assert self.checkpointing or not self.offload_activations, "nothing else is offloaded"
 
     @property
     def sp(self) -> int:
@@ -99,11 +60,27 @@ class Setting:
     @property
     def fused_attention(self) -> bool:
         """Fused kernels take bf16 only; fp32 is plain PyTorch's."""
-        return "fused_attention" in self.features and self.dtype_bytes == 2
+        return self.dtype_bytes == 2
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether a layer's second run takes softmax attention's output from the first."""
+        return self.checkpointing and self.keep_attention
+
+    @property
+    def attention_forwards(self) -> int:
+        """How often softmax attention runs forward, kernels and ring."""
+        return 1 + (self.checkpointing and not self.keep_attention)
 
     def local_tokens(self, length: int) -> int:
         """L, the tokens of a rank; padding makes all equal."""
         return -(-length // self.sp)
 
+    def tile(self, length: int) -> int | None:
+        """Tokens of an MLP's tile; None where its tokens are computed at once."""
+        if self.tiled_mlp is None or self.local_tokens(length) <= self.tiled_mlp:
+            return None
+        return self.tiled_mlp
 
-__all__ = ["FEATURES", "Feature", "Setting", "features_of"]
+
+__all__ = ["Setting"]

@@ -2,7 +2,9 @@
 
 A product takes its operations at the rate that products reach, or its bytes at the memory's,
 whichever is longer; everything else on a GPU takes its bytes. What overlaps with something else
-counts only as far as it sticks out. Under checkpointing a layer runs forward twice.
+counts only as far as it sticks out. Under checkpointing a layer runs forward twice. An MLP in tiles
+costs no third time, because the recomputation ends where the MLP begins; what it costs is to sum
+the gradients of its weights, which are read and written once per tile.
 
 Left out: launches (they dominate below some ten thousand tokens per rank), ranks that wait for one
 another, reading data, and evaluation.
@@ -21,7 +23,7 @@ from hybridsp.collectives.cost import (
     hierarchical_plan,
 )
 from hybridsp.planner.hardware import HOST_MEMORY_BANDWIDTH, Cluster
-from hybridsp.planner.memory import TOKENS_PER_TILE
+from hybridsp.planner.memory import TOKENS_PER_TILE, kept_attention, layer_input
 from hybridsp.planner.model import LINEAR, SOFTMAX, ModelShape
 from hybridsp.planner.setting import Setting
 
@@ -122,48 +124,72 @@ def _computation(
     tokens = setting.local_tokens(length)
     forwards = 1 + setting.checkpointing
     parts = {
-        "projections and MLP": _products(model, setting, cluster, tokens, forwards),
+        "projections and MLP": _all_products(model, setting, cluster, length),
         "norms, RoPE, activations": Part(
-            seconds=sum(
-                count * _elementwise_bytes(model, kind, setting.dtype_bytes)
+            # A backward is as much as two forwards.
+            seconds=(forwards + 2)
+            * sum(
+                count * _elementwise_seconds(model, setting, cluster, kind, tokens)
                 for kind, count in model.kinds.items()
-            )
-            * tokens
-            * (forwards + 2)
-            / cluster.chip.bandwidth,
+            ),
             bound=MEMORY,
         ),
         "loss": _loss(model, setting, cluster, tokens),
     }
+    if tile := setting.tile(length):
+        of_a_tile = (4 + 4 + setting.dtype_bytes) * model.num_layers * model.mlp_parameters
+        parts["sums over tiles of the MLP"] = Part(
+            seconds=-(-tokens // tile) * of_a_tile / cluster.chip.bandwidth, bound=MEMORY
+        )
     if model.count(LINEAR):
         forward, backward = _linear_seconds(model, setting, cluster, tokens)
         parts["linear attention"] = Part(
             seconds=model.count(LINEAR) * (forwards * forward + backward), bound=MEMORY
         )
     if model.count(SOFTMAX):
-        if setting.checkpointing and "keep_attention" in setting.features:
-            forwards = 1
-        parts["softmax attention"] = _softmax(model, setting, cluster, length, forwards)
+        parts["softmax attention"] = _softmax(model, setting, cluster, length)
     return parts
 
 
-def _products(
-    model: ModelShape, setting: Setting, cluster: Cluster, tokens: int, forwards: int
-) -> Part:
-    chip, e = cluster.chip, setting.dtype_bytes
-    flops = num_bytes = seconds = 0.0
+def _all_products(model: ModelShape, setting: Setting, cluster: Cluster, length: int) -> Part:
+    """Projections and MLPs of all layers, forward and backward."""
+    tokens, forwards = setting.local_tokens(length), 1 + setting.checkpointing
+    # A backward is two products of the same size; in tiles it computes the MLP itself once more.
+    mlp_forwards = 2 if setting.tile(length) else forwards
+    compute = moved = seconds = 0.0
     for kind, count in model.kinds.items():
-        for rows, columns in model.layer_products(kind):
-            work = 2 * tokens * rows * columns / _matmul_rate(setting, cluster)
-            moved = e * (tokens * (rows + columns) + rows * columns) / chip.bandwidth
-            flops, num_bytes = flops + count * work, num_bytes + count * moved
-            seconds += count * max(work, moved)
-    # A backward is two products of the same size.
-    return Part(seconds=(forwards + 2) * seconds, bound=COMPUTE if flops > num_bytes else MEMORY)
+        for products, times in (
+            (model.mixer_products(kind), forwards + 2),
+            (model.mlp_products, mlp_forwards + 2),
+        ):
+            part = _products(products, setting, cluster, tokens)
+            compute, moved = compute + count * times * part[0], moved + count * times * part[1]
+            seconds += count * times * part[2]
+    return Part(seconds=seconds, bound=COMPUTE if compute > moved else MEMORY)
+
+
+def _products(
+    products: list[tuple[int, int]], setting: Setting, cluster: Cluster, tokens: int
+) -> tuple[float, float, float]:
+    """Seconds of some products: of their operations, of their bytes, and of both together."""
+    rate, e = _matmul_rate(setting, cluster), setting.dtype_bytes
+    work = [2 * tokens * rows * columns / rate for rows, columns in products]
+    moved = [
+        e * (tokens * (rows + columns) + rows * columns) / cluster.chip.bandwidth
+        for rows, columns in products
+    ]
+    return sum(work), sum(moved), sum(map(max, work, moved))
 
 
 def _matmul_rate(setting: Setting, cluster: Cluster) -> float:
     return cluster.chip.matmul if setting.dtype_bytes == 2 else cluster.chip.float32
+
+
+def _elementwise_seconds(
+    model: ModelShape, setting: Setting, cluster: Cluster, kind: str, tokens: int
+) -> float:
+    """Of one layer, forward."""
+    return tokens * _elementwise_bytes(model, kind, setting.dtype_bytes) / cluster.chip.bandwidth
 
 
 def _elementwise_bytes(model: ModelShape, kind: str, e: int) -> float:
@@ -199,22 +225,29 @@ def _linear_seconds(
     return seconds, GLA_STEP * (forward + backward) / cluster.chip.bandwidth - seconds
 
 
-def _softmax(
-    model: ModelShape, setting: Setting, cluster: Cluster, length: int, forwards: int
-) -> Part:
-    chip, layers = cluster.chip, model.count(SOFTMAX)
+def _softmax(model: ModelShape, setting: Setting, cluster: Cluster, length: int) -> Part:
+    forward, backward, bound = _softmax_seconds(model, setting, cluster, length)
+    each = setting.attention_forwards * forward + backward
+    return Part(seconds=model.count(SOFTMAX) * each, bound=bound)
+
+
+def _softmax_seconds(
+    model: ModelShape, setting: Setting, cluster: Cluster, length: int
+) -> tuple[float, float, str]:
+    """Forward and backward of one layer's kernels, and what bounds them."""
+    chip = cluster.chip
     if setting.fused_attention:
         flops = _causal_flops(model, length) / setting.sp
-        once = 3.5 * flops / chip.attention  # a backward is 2.5 forwards
-        again = (forwards - 1) * flops / chip.attention_forward
-        return Part(seconds=layers * (once + again), bound=COMPUTE)
+        forward = flops / chip.attention_forward
+        return forward, 3.5 * flops / chip.attention - forward, COMPUTE  # a backward is 2.5
     # Plain attention computes the masked half of causal blocks too.
     c, ring = model.config, setting.ring
     share = 1.0 if ring == 1 else (2 * ring + 1) / (4 * ring**2)
     pairs = share * length**2 * c.num_attention_heads / setting.ulysses
-    compute = pairs * c.head_dim * (4 * forwards + 10) / chip.float32
-    moved = 4 * pairs * (PLAIN_FORWARD * forwards + PLAIN_BACKWARD) / chip.bandwidth
-    return Part(seconds=layers * (compute + moved), bound=COMPUTE if compute > moved else MEMORY)
+    compute = [pairs * c.head_dim * operations / chip.float32 for operations in (4, 10)]
+    moved = [4 * pairs * n / chip.bandwidth for n in (PLAIN_FORWARD, PLAIN_BACKWARD)]
+    bound = COMPUTE if sum(compute) > sum(moved) else MEMORY
+    return compute[0] + moved[0], compute[1] + moved[1], bound
 
 
 def _loss(model: ModelShape, setting: Setting, cluster: Cluster, tokens: int) -> Part:
@@ -248,7 +281,7 @@ def _communication(
             seconds=layers * (forwards + 1) * exchange, bound=bound
         )
         wire = cluster.chip.nvlink if setting.sp <= cluster.local else cluster.wire
-        hops = (setting.ring - 1) * 2 * kv * (forwards * e + e + 4) / wire
+        hops = (setting.ring - 1) * 2 * kv * (setting.attention_forwards * e + e + 4) / wire
         exposed = layers * hops - computation["softmax attention"].seconds
         parts["ring of softmax layers"] = Part(seconds=max(exposed, 0.0), bound=bound)
     if layers := model.count(LINEAR):
@@ -301,11 +334,39 @@ def _beside(
         exposed = num_bytes / cluster.collective_bandwidth(ranks) - computing
         bound = NVLINK if cluster.nodes == 1 else NETWORK
         parts["ZeRO's weights and gradients"] = Part(seconds=max(exposed, 0.0), bound=bound)
-    if setting.checkpointing and "offload_activations" in setting.features:
-        one = setting.dtype_bytes * model.config.hidden_size * setting.local_tokens(length)
-        exposed = 2 * model.num_layers * one / cluster.chip.pcie - computing
-        parts["offloaded layer inputs"] = Part(seconds=max(exposed, 0.0), bound=PCIE)
+    if setting.offload_activations:
+        parts["activations over PCIe"] = Part(
+            seconds=_offload_seconds(model, setting, cluster, length), bound=PCIE
+        )
     return parts
+
+
+def _offload_seconds(model: ModelShape, setting: Setting, cluster: Cluster, length: int) -> float:
+    """What a layer's copies take longer than its computation, there and back, of all layers."""
+    seconds = 0.0
+    for kind, count in model.kinds.items():
+        moved = layer_input(model, setting, length)
+        if kind == SOFTMAX and setting.keep_attention:
+            moved += kept_attention(model, setting, length)
+        for computing in _layer_seconds(model, setting, cluster, length, kind):
+            seconds += count * max(moved / cluster.chip.pcie - computing, 0.0)
+    return seconds
+
+
+def _layer_seconds(
+    model: ModelShape, setting: Setting, cluster: Cluster, length: int, kind: str
+) -> tuple[float, float]:
+    """One layer's computation forward and, recomputed first, backward."""
+    tokens = setting.local_tokens(length)
+    once = _products(model.layer_products(kind), setting, cluster, tokens)[2]
+    once += _elementwise_seconds(model, setting, cluster, kind, tokens)
+    if kind == SOFTMAX:
+        forward, backward, _ = _softmax_seconds(model, setting, cluster, length)
+        backward += (setting.attention_forwards - 1) * forward
+    else:
+        forward, backward = _linear_seconds(model, setting, cluster, tokens)
+        backward += forward
+    return once + forward, 3 * once + backward
 
 
 def _update(model: ModelShape, setting: Setting, cluster: Cluster) -> dict[str, Part]:

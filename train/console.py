@@ -1,0 +1,71 @@
+"""What a script of many processes says: one voice, and one line for an error that can be mended.
+
+Every rank runs the same script, and the libraries below it warn on each of them. Here all but rank
+0 fall silent, and an error that says by itself what is wrong (a `ValueError`, which in this project
+names a value and its remedy, or a failed self-check) ends the job with that text and exit code 2
+instead of as many tracebacks as there are ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+
+import datasets
+import transformers
+
+from hybridsp.launch import rank_from_environment
+from hybridsp.recipe import one_line
+from hybridsp.self_check import SelfCheckError
+
+
+def keep_quiet(is_main: bool) -> None:
+    """Let only rank 0 speak, and keep libraries from warning about each other."""
+    # DeepSpeed 0.19.8 calls functions that torch 2.13 is about to rename, twice per step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # DeepSpeed's schedulers warn about what their own constructors do.
+    hide = "Attempting to get learning rate from scheduler before it has started"
+    deepspeed_logger = logging.getLogger("DeepSpeed")
+    deepspeed_logger.addFilter(lambda record: hide not in record.getMessage())
+    if is_main:
+        _let_hybridsp_speak()
+        return
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # A filter, because DeepSpeed sets its logger's level when it is imported, later on.
+    deepspeed_logger.addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def _let_hybridsp_speak() -> None:
+    """Show what hybridsp says of its choices: which kernels, which All-Scan, the self-check."""
+    log = logging.getLogger("hybridsp")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+
+
+@contextlib.contextmanager
+def errors_of_users(*, show_traceback: bool) -> Iterator[None]:
+    """Turn a ValueError or a failed self-check into a line of rank 0 and exit code 2."""
+    try:
+        yield
+    except (ValueError, SelfCheckError) as error:
+        if show_traceback:
+            raise
+        rank = rank_from_environment().rank
+        if rank > 0:
+            # An error of all ranks is told by rank 0, and the launcher ends the others meanwhile.
+            # One that only this rank met would otherwise not be told by anyone.
+            time.sleep(3)
+        whose = "error" if rank == 0 else f"error on rank {rank}"
+        print(f"{whose}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+__all__ = ["errors_of_users", "keep_quiet"]
