@@ -114,6 +114,13 @@ def plan_cases() -> dict[str, Case]:
             constants={"PROGRAMS_PER_PROCESSOR": 2},
             cut=(3, 1),
         ),
+        "pairs of all but one chunk at once": Case(
+            inputs={"length": 200, "gates": ["mixed"]}, constants={"CHUNKS_IN_FLIGHT": 1}
+        ),
+        "pairs of two chunks in flight, two heads, documents": Case(
+            inputs={"length": 300, "heads": 2, "starts": (70, 140, 200)},
+            constants={"CHUNKS_IN_FLIGHT": 4},
+        ),
         "the longest stretch": Case(
             inputs={"length": 150},
             constants={"PROGRAMS_PER_PROCESSOR": 1, "LONGEST_STRETCH": 2},
@@ -162,7 +169,7 @@ def interpret() -> dict[str, dict[str, list[float]]]:
 def interpret_in_bf16() -> dict[str, dict[str, list[float]]]:
     """The same of a few cases in bf16."""
     torch.set_num_threads(1)
-    parts = {"PROGRAMS_PER_PROCESSOR": 1000, "WORKSPACE_BYTES": 2**14}
+    parts = {"PROGRAMS_PER_PROCESSOR": 1000, "WORKSPACE_BYTES": 2**14, "CHUNKS_IN_FLIGHT": 2}
     chosen = {
         "all gates": Case(inputs={"length": 130, "gates": list(GATES)}),
         "gates at 1": Case(

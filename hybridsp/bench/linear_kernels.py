@@ -105,12 +105,17 @@ def _jobs(inputs: Inputs) -> Iterator[Job]:
         yield job(f"{name}: from zero", "walk", q, v, kept, stretches)
         yield job(f"{name}: scan of stretches", "scan", stretches, stretches)
 
-    yield job("prepare: read, written", "prepare", 4 * q, g, kept)
+    def prepare(name: str, chunks: range, *parts: int) -> Iterator[Job]:
+        if chunks:
+            yield job(f"prepare: {name}", "prepare", sum(parts) * len(chunks) // plan.chunks)
+
+    yield from prepare("all", plan.chunks_at_once, 4 * q, g, kept, pairs, flags)
+    yield from prepare("read, written", plan.chunks_in_flight, 4 * q, g, kept)
     yield from states("states")
-    yield job("prepare: pairs", "prepare", 2 * q, g, pairs, flags)
+    yield from prepare("pairs", plan.chunks_in_flight, 2 * q, g, pairs, flags)
     yield from strong()
     yield job("output", "walk", 2 * q, 2 * v, kept, pairs, stretches)
-    yield job("prepare: all", "prepare", 4 * q, g, kept, pairs, flags)
+    yield from prepare("all", plan.all_chunks, 4 * q, g, kept, pairs, flags)
     yield from strong()
     yield from states("gradients of states")
     yield from states("states")

@@ -160,7 +160,7 @@ class _Work:
         self.kernel, self.plan, self.dout, self.passes = kernel, plan, dout, passes
         self.prepared = passes.Prepared(plan)
         if kernel != "prepare":
-            self.prepared.make_all()
+            self._prepare()
             self.chunks = passes.ChunkStates(plan, plan.whole)
             chunks = self.chunks
             for states in (chunks.states, chunks.dstates, chunks.dtails, chunks.crossed):
@@ -176,9 +176,9 @@ class _Work:
     def __call__(self) -> None:
         plan = self.plan
         if self.kernel == "prepare":
-            self.prepared.make_states()
-            self.prepared.make_pairs()
-            self.prepared.make_all()
+            self.prepared.make(plan.all_chunks, states=True)
+            self.prepared.make(plan.all_chunks, pairs=True)
+            self._prepare()
         elif self.kernel in ("states", "scan"):
             span = self.passes.Span(plan, self.prepared, plan.v, reverse=False)
             span.walk(plan.whole, span.end, chunks=self.chunks)
@@ -188,6 +188,10 @@ class _Work:
             self.gradient.walk(plan.whole, self.span.end, out=self.out, chunks=self.chunks)
         else:  # strong chunks are rare, so their launch is not worth a choice of its own
             self.gradients.launch(plan.whole, self.dout, self.chunks, strong=False)
+
+    def _prepare(self) -> None:
+        self.prepared.make(self.plan.all_chunks, states=True, pairs=True)
+        self.prepared.mend_strong()
 
 
 def _sound(tasks: list[Task], processes: int) -> set[Task]:

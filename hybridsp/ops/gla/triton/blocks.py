@@ -109,6 +109,19 @@ def exact_product(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sum_rows(chosen, block, total, IN_BF16: tl.constexpr, PRECISION: tl.constexpr):
+    """Total + the rows of fp32 `block` that are chosen in each row; in bf16, with 16 bits of it."""
+    ones = chosen.to(tl.float32)
+    if IN_BF16:
+        high = block.to(tl.bfloat16)
+        low = (block - high.to(tl.float32)).to(tl.bfloat16)
+        ones = ones.to(tl.bfloat16)
+        return tl.dot(ones, high, tl.dot(ones, low, total))
+    else:  # noqa: RET505 - Triton compiles one of the two
+        return tl.dot(ones, block, total, input_precision=PRECISION)
+
+
+@triton.jit
 def tail_of(block):
     """What bf16 leaves of fp32 `block`, int8: the next 8 bits, to be added to its digits."""
     rounded = block.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16

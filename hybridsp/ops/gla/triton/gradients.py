@@ -25,6 +25,7 @@ from hybridsp.ops.gla.triton.blocks import (
     load_gates,
     power,
     store_block,
+    sum_rows,
 )
 from hybridsp.ops.gla.triton.intra import (
     head_decay,
@@ -131,7 +132,7 @@ def gradient_kernel(
     earlier = token_index[:, None] > token_index[None, :]
     if CHANNELS:
         dgates = tl.cumsum(db, axis=0, reverse=True) + through[None, :]
-        dgates = tl.dot(earlier.to(tl.float32), leaving, dgates, input_precision=PRECISION)
+        dgates = sum_rows(earlier, leaving, dgates, v.dtype.element_ty == tl.bfloat16, PRECISION)
         store_block(dg + token * K, dgates, H * K, left, column, C, BK, K)
     else:
         dgates = tl.cumsum(tl.sum(db, axis=1), axis=0, reverse=True) + tl.sum(through, axis=0)

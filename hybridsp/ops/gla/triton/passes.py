@@ -33,13 +33,17 @@ class TritonForward:
     def end_state(self) -> tuple[Tensor, Tensor]:
         """The span's end state from zero, and its decay."""
         self.prepared = Prepared(self.plan)
-        self.prepared.make_states()
+        # One pass over q, k and g makes both what states need and pairs; pairs of the last chunks
+        # are left to do while the state travels.
+        self.prepared.make(self.plan.chunks_at_once, states=True, pairs=True)
+        self.prepared.make(self.plan.chunks_in_flight, states=True)
         self.span = Span(self.plan, self.prepared, self.plan.v, reverse=False)
         return self.span.end, self.span.decay
 
     def intra_chunk(self) -> None:
         """What the tokens of a chunk read from each other."""
-        self.prepared.make_pairs()
+        self.prepared.make(self.plan.chunks_in_flight, pairs=True)
+        self.prepared.mend_strong()
 
     def output(self, incoming: Tensor | None) -> Tensor:
         """O [B, L, H, V]."""
@@ -60,7 +64,8 @@ class TritonBackward:
         self.prepared = Prepared(self.plan)
         # Pairs are not needed yet, but one pass over q, k and g makes both; what is left to do
         # while the scan is in flight, `intra_chunk`, takes as long as a state takes to travel.
-        self.prepared.make_all()
+        self.prepared.make(self.plan.all_chunks, states=True, pairs=True)
+        self.prepared.mend_strong()
         self.gradient = Span(self.plan, self.prepared, self.dout, reverse=True)
         return self.gradient.end, self.gradient.decay
 
@@ -91,29 +96,24 @@ class Prepared:
         self.pairs = plan.empty(*shape, plan.C, plan.C)
         self.strong = plan.empty(*shape, dtype=torch.int8)
 
-    def make_states(self) -> None:
-        """Fill read, written and kept."""
-        self._launch(states=True)
+    def make(self, chunks: range, *, states: bool = False, pairs: bool = False) -> None:
+        """Fill, for some chunks, read, written and kept; or pairs and strong; or all."""
+        self._launch(chunks, states=states, pairs=pairs)
 
-    def make_pairs(self) -> None:
-        """Fill pairs and strong."""
-        self._launch(pairs=True)
-        self._mend_strong()
-
-    def make_all(self) -> None:
-        """Both in one pass over q, k and g."""
-        self._launch(states=True, pairs=True)
-        self._mend_strong()
-
-    def _mend_strong(self) -> None:
+    def mend_strong(self) -> None:
+        """Fill the pairs of strong chunks, once all pairs are made."""
         if self.plan.channels:
-            self._launch(pairs=True, strong=True)
+            self._launch(self.plan.all_chunks, pairs=True, strong=True)
 
-    def _launch(self, *, states: bool = False, pairs: bool = False, strong: bool = False) -> None:
+    def _launch(
+        self, chunks: range, *, states: bool = False, pairs: bool = False, strong: bool = False
+    ) -> None:
+        if not chunks:
+            return
         plan, launch = self.plan, self.plan.launch("prepare")
-        prepare_kernel[(plan.chunks, plan.num_heads)](
+        prepare_kernel[(len(chunks), plan.num_heads)](
             plan.q, plan.k, plan.g, plan.segments, self.read, self.written, self.kept,
-            self.pairs, self.strong, plan.scale, plan.length,
+            self.pairs, self.strong, plan.scale, plan.length, plan.chunks, chunks.start,
             H=plan.H, K=plan.K, G=plan.G, C=plan.C, BK=launch.BK,
             BG=launch.BK if plan.channels else 1, CHANNELS=plan.channels,
             STATES=states, PAIRS=pairs, STRONG=strong, **plan.documents, **plan.sums,

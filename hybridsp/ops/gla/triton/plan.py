@@ -21,6 +21,8 @@ from hybridsp.ops.gla.triton.tuning import Kernel, Launch, launch_of
 CHUNK = 64
 LONGEST_STRETCH = 64  # chunks
 PROGRAMS_PER_PROCESSOR = 4
+# Chunks, over all heads, whose pairs are made while a state travels: some 0.1 ms on an H100.
+CHUNKS_IN_FLIGHT = 4096
 # States of chunks that the backward holds at a time.
 WORKSPACE_BYTES = 2**30
 
@@ -65,6 +67,10 @@ class Plan:
         wanted = PROGRAMS_PER_PROCESSOR * _processors(self.device)
         self.stretch_chunks = min(max(programs // wanted, 1), LONGEST_STRETCH)
         self.stretches = -(-self.chunks // self.stretch_chunks)
+        in_flight = min(-(-CHUNKS_IN_FLIGHT // self.num_heads), self.chunks)
+        self.all_chunks = range(self.chunks)
+        self.chunks_at_once = self.all_chunks[: self.chunks - in_flight]
+        self.chunks_in_flight = self.all_chunks[self.chunks - in_flight :]
         self.whole = Part(range(self.num_heads), range(self.stretches))
 
     def launch(self, kernel: Kernel) -> Launch:

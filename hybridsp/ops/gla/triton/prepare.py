@@ -35,7 +35,7 @@ from hybridsp.ops.gla.triton.intra import (
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    q, k, g, documents, read, written, kept, pairs, strong, scale, length,
+    q, k, g, documents, read, written, kept, pairs, strong, scale, length, chunks, first_chunk,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BG: tl.constexpr, CHANNELS: tl.constexpr,
     STATES: tl.constexpr, PAIRS: tl.constexpr, STRONG: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -43,11 +43,12 @@ def prepare_kernel(
 ):  # fmt: skip
     """STATES: read, written [B, L, H, K] and kept [B, H, chunks, G]. PAIRS: [B, H, chunks, C, C].
 
+    Of the chunks from first_chunk on, as many as the grid has.
     With a decay per channel two launches make the pairs: the first marks the strong chunks in
     strong [B, H, chunks], the second (STRONG) does those again.
     """
-    chunk, bh = tl.program_id(0), tl.program_id(1)
-    place = bh.to(tl.int64) * tl.num_programs(0) + chunk
+    chunk, bh = first_chunk + tl.program_id(0), tl.program_id(1)
+    place = bh.to(tl.int64) * chunks + chunk
     if STRONG:  # noqa: SIM102 - Triton would load on both sides of an `and`
         if tl.load(strong + place) == 0:
             return
