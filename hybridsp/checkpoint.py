@@ -40,7 +40,7 @@ from hybridsp.mesh import SPMesh
 MANIFEST = "manifest.json"
 CLIENT_STATE = "client_state.json"
 PARTIAL = ".partial"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(
@@ -99,7 +99,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: a file of the checkpoint is missing, truncated, changed or holds code, or the
-            checkpoint was saved at other degrees or another ZeRO stage; or `which` is `never` and
+            checkpoint was saved at other degrees, ZeRO stage or dtype; or `which` is `never` and
             there are checkpoints. Every rank raises, and none has loaded anything.
     """
     _check_engine(engine)
@@ -243,6 +243,7 @@ def _degrees(engine: Any, mesh: SPMesh) -> dict[str, Any]:
         "ring": mesh.ring,
         "ulysses": mesh.ulysses,
         "zero_stage": int(engine.zero_optimization_stage()),
+        "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
     }
 
 
@@ -250,8 +251,8 @@ def _read_manifest(directory: Path, degrees: dict[str, Any]) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        saved = {name: manifest[name] for name in degrees}
         complete = manifest["format"] == FORMAT and CLIENT_STATE in manifest["files"]
+        saved = {name: manifest[name] for name in degrees} if complete else {}
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{directory} is no checkpoint: {path} cannot be read ({error})") from None
     if not complete:

@@ -41,6 +41,8 @@ UNMEASURED: dict[str, Any] = {
     "zero_optimization.zero_hpz_partition_size": 1,
     "zero_optimization.zero_quantized_weights": False,
     "zero_optimization.zero_quantized_gradients": False,
+    "zero_optimization.zenflow": None,
+    "zero_optimization.offload_optimizer.super_offload": False,
 }
 
 
@@ -97,6 +99,10 @@ def initialize(
     if mesh.device.type == "cpu":
         _spare_a_compiler(config)
     _fetch_whole_layers(model)
+    if not model.get_input_embeddings().weight.requires_grad:
+        # What surrounds a layer, as ZeRO-3's hooks and checkpointing do, waits for a gradient of
+        # the layer's input.
+        model.enable_input_require_grads()
     model.train()
     engine, *_ = deepspeed.initialize(
         model=model,

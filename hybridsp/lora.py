@@ -59,9 +59,6 @@ def add_lora(model: PreTrainedModel, keys: LoraKeys) -> None:
             target_modules=keys.target_modules,
         )
     )
-    # The embedding is frozen, but what surrounds a layer, as ZeRO-3's hooks and checkpointing do,
-    # waits for a gradient of the layer's input.
-    model.enable_input_require_grads()
 
 
 def export_merged(

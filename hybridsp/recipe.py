@@ -215,9 +215,12 @@ class Recipe:
             values = [one.get(name) for one in stages]
             if values and all(type(value) is int for value in values):
                 follows = combine(values)
-                if settings.setdefault(name, follows) != follows:
+                if settings.get(name) is None:
+                    settings[name] = follows
+                elif settings[name] != follows:
                     raise ValueError(
-                        f"{name} = {settings[name]!r}, but stages make it {follows}: leave it out"
+                        f"{name} = {settings[name]!r}, but stages make it {follows}: leave it out, "
+                        f"or on the command line write {name}=null"
                     )
         return arguments
 
@@ -313,6 +316,10 @@ def _describe(error: ValidationError) -> str:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
             lines.append(f"{name} is missing")
+        elif item["type"] == "unexpected_keyword_argument":  # a key of a section
+            section = {"lora": LoraKeys, "stages": StageKeys}[str(item["loc"][0])]
+            known = ", ".join(field.name for field in dataclasses.fields(section))
+            lines.append(f"{name} is unknown; known: {known}")
         else:  # an error of __post_init__ has no location, and names its field itself
             lines.append(f"{name} = {item['input']!r}: {message}" if name else message)
     return "; ".join(lines)

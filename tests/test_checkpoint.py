@@ -178,12 +178,16 @@ def save_at_another_ring(step, name):
     edit_manifest(step, ring=1, dp=2)
 
 
+def save_in_another_dtype(step, name):
+    edit_manifest(step, dtype="bfloat16")
+
+
 def save_at_another_stage(step, name):
     edit_manifest(step, zero_stage=1)
 
 
 def save_in_another_format(step, name):
-    edit_manifest(step, format=2)
+    edit_manifest(step, format=1)
 
 
 OPTIM = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -196,8 +200,9 @@ DAMAGES = [
     ("rng-00000.pt", plant_code, r"rng-00000.pt holds code \((posix|nt).system\)"),
     ("manifest.json", truncate, r"step-000001 is no checkpoint: .*manifest.json cannot be read"),
     ("manifest.json", remove, r"step-000001 is no checkpoint: .*No such file"),
-    ("manifest.json", save_in_another_format, "is not of format 1"),
+    ("manifest.json", save_in_another_format, "is not of format 2"),
     ("manifest.json", save_at_another_ring, "saved at dp = 2, ring = 1, but .* dp = 1, ring = 2"),
+    ("manifest.json", save_in_another_dtype, "saved at dtype = bfloat16, but .* = float32"),
     ("manifest.json", save_at_another_stage, "saved at zero_stage = 1, but .* zero_stage = 3"),
 ]
 

@@ -220,6 +220,10 @@ def test_documents_do_not_leak():
 CONFIGURATIONS = {
     "fights the mesh": {"sequence_parallel_size": 2},
     "unmeasured": {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+    "unmeasured optimizer": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+    "unmeasured offload": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}
+    },
     "batch size": {"train_batch_size": 4},
     "batch size that does not divide": {
         "train_batch_size": 3,
@@ -262,6 +266,8 @@ def misuse(case):
         ("labels not counted", "call hybridsp.train_step"),
         ("inside a step", "inside a step"),
         ("unmeasured", "zero_quantized_gradients = True, under which nobody has shown"),
+        ("unmeasured optimizer", "zenflow = .*, under which nobody has shown"),
+        ("unmeasured offload", "offload_optimizer.super_offload = True, under which nobody"),
         ("batch size", r"train_batch_size = 4.* = 2 sequences.*remove train_batch_size.* to 2"),
         ("batch size that does not divide", "train_batch_size = 3.*or a multiple.*set it to 2"),
         ("batch size in words", "train_micro_batch_size_per_gpu = 'one': give a number"),

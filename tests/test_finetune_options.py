@@ -111,6 +111,9 @@ def test_lora_leaves_an_adapter_and_a_merged_model(tmp_path, stage):
     assert len((result / "metrics.jsonl").read_text().splitlines()) == len(record.splitlines())
     again = load_file(result / "adapter" / "adapter_model.safetensors")
     torch.testing.assert_close(again, adapter, rtol=0, atol=0)
+    refused = run_ranks(run_script, 2, tmp_path, ["lora=" + json.dumps({**lora, "alpha": 9})])
+    assert [code for code, _, _ in refused] == [2, 2]
+    assert "lora.alpha = 9.0, but the checkpoint was trained with 8.0: keep" in refused[0][2]
 
 
 def test_memory_options_change_no_number(tmp_path):

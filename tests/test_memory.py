@@ -61,8 +61,6 @@ def freeze(model, trained):
 def engine_of(mesh, stage, options, checkpointing=None, micro_batches=1, trained=None):
     model = tiny_model().train()
     freeze(model, trained)
-    if trained is not None:
-        model.enable_input_require_grads()
     if checkpointing is not None:
         model.activation_checkpointing_enable(dict(checkpointing))
     hybridsp.parallelize(model, mesh, **options)

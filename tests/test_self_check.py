@@ -16,6 +16,7 @@ from tiny import tiny_model
 from torch.nn import functional as F
 
 import hybridsp
+from hybridsp.adapters import hybrid_gla
 from hybridsp.attention import linear, softmax_attention
 from hybridsp.mesh import DeepSpeedView
 from hybridsp.self_check import SelfCheckError, probe, self_check
@@ -336,6 +337,30 @@ def silent_mixers():
 
 def test_layers_that_give_nothing_are_not_judged():
     run_ranks(silent_mixers, 2)
+
+
+def unusual_engines():
+    """Right ones, each of which would be easy to find fault with."""
+    mesh = hybridsp.SPMesh(ring=2)
+    attend = hybrid_gla.linear_attention
+
+    def rounding(q, k, v, g, **options):
+        last_digits = 1e-6 * torch.cos(1000 * g.detach().sum())
+        return attend(q, k, v, g, **options) * (1 + last_digits)
+
+    rounded = mock.patch.object(hybrid_gla, "linear_attention", rounding)
+    with case("later tokens move the last digits of earlier ones, as in Triton's kernels"), rounded:
+        make_engine(mesh)
+    with case("a parameter in a mixer that nothing uses, and ZeRO-3 has sharded"):
+        model = tiny_model()
+        model.model.layers[1].self_attn.spare = torch.nn.Parameter(torch.ones(64, 80))
+        make_engine(mesh, 3, model=model)
+    with case("large parameters only"), mock.patch.object(probe, "MAX_COMPARED_NUMEL", 0):
+        make_engine(mesh)
+
+
+def test_unusual_engines_pass():
+    run_ranks(unusual_engines, 2)
 
 
 @pytest.mark.gpu

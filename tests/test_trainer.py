@@ -14,13 +14,15 @@ import pytest
 import torch
 import transformers
 from distributed import DEEPSPEED, PRELOAD, run_ranks
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import reference_loss_sum
 from trainer_cases import COLLATORS, Documents, arguments, history, model_of, zero
 
 import hybridsp
+from hybridsp.trainer.checkpoints import STATE, complete_checkpoint
 
-PRELOAD += [*DEEPSPEED, "transformers.trainer", "hybridsp.trainer"]
+PRELOAD += [*DEEPSPEED, "transformers.trainer", "hybridsp.trainer", "peft"]
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate would leave gloo for NCCL"),
@@ -104,6 +106,48 @@ def test_runs_equal_one_process(ring, ulysses, dp, tmp_path):
         assert saved.keys() <= weights.keys()
         for name, got in saved.items():
             assert (got - weights[name]).norm() <= 1e-5 * weights[name].norm(), name
+
+
+def with_adapters():
+    model = model_of("hybrid")
+    torch.manual_seed(5)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    return model
+
+
+def adapted_run(directory):
+    """Logs of a run that trains adapters alone, layers whole under ZeRO-3; then it saves them."""
+    spare_a_compiler()
+    args = arguments(directory, deepspeed=zero(3))
+    collate = COLLATORS["flattened"]
+    trainer = hybridsp.Trainer(
+        with_adapters(), args, train_dataset=Documents(), data_collator=collate
+    )
+    trainer.train()
+    trainer.save_model()
+    return history(trainer, "loss", "grad_norm")
+
+
+def test_adapters_of_peft_train_as_on_one_process(tmp_path):
+    logs = run_ranks(adapted_run, 2, str(tmp_path / "run"), timeout=300)
+    args = arguments(tmp_path / "plain", use_cpu=True)
+    plain = transformers.Trainer(
+        with_adapters(), args, train_dataset=Documents(), data_collator=COLLATORS["flattened"]
+    )
+    plain.train()
+    want = torch.tensor(history(plain, "loss", "grad_norm"))
+    for got in logs:
+        torch.testing.assert_close(torch.tensor(got), want, rtol=1e-5, atol=0.0)
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    assert "model.safetensors" not in files
+
+
+def test_a_folder_without_a_step_is_no_checkpoint_to_resume_from(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / STATE).touch()
+    assert complete_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-10")
 
 
 class Recorder(transformers.TrainerCallback):

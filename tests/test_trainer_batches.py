@@ -64,6 +64,7 @@ def test_padding_behind_documents_is_a_document():
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])}, "other than 0 and 1"),
         ({"attention_mask": torch.ones(1, 1, 8, 8)}, r"has shape \(1, 1, 8, 8\)"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]])}, "labels count where"),
+        ({"labels": torch.ones(1, 1), "attention_mask": torch.ones(1, 8)}, "one label per token"),
         ({"position_ids": torch.arange(1, 9)[None]}, "start a document at 1"),
         (
             {"cu_seqlens": torch.tensor([0, 4, 8]), "seq_idx": torch.zeros(1, 8)},

@@ -140,7 +140,12 @@ def train(
             if eval_batches and due(recipe.eval_every):
                 log.log_evaluation(step, hybridsp.eval_step(engine, eval_batches))
             if recipe.save_every is not None and due(recipe.save_every):
-                state = {"step": step, "stage": stage.number, "data": loader.state_dict()}
+                state = {
+                    "step": step,
+                    "stage": stage.number,
+                    "data": loader.state_dict(),
+                    "lora_alpha": recipe.lora and recipe.lora.alpha,
+                }
                 keep = recipe.keep_checkpoints
                 save_checkpoint(engine, mesh, recipe.output_dir, step, state, keep=keep)
                 log.draw()
@@ -186,22 +191,26 @@ def parallelize(recipe: Recipe, mesh: SPMesh, model: Any) -> None:
 def load_data(recipe: Recipe, stages: list[Stage], tokenizer: Any, mesh: SPMesh) -> list[StageData]:
     """The data of every stage, all packed before the first step is taken."""
 
-    def loader(source: str, stage: Stage, shuffle: bool) -> PackedLoader:
-        # The first rank packs, behind a lock, and the others read what it wrote.
-        return PackedLoader(
-            pack_documents(load_documents(source), tokenizer, stage.seq_length),
-            dp_rank=mesh.dp_rank,
-            dp=mesh.dp,
-            micro_batch_size=stage.micro_batch_size,
-            seed=recipe.seed + stage.number - 1,
-            shuffle=shuffle,
-        )
+    def loader(key: str, stage: Stage, shuffle: bool) -> PackedLoader:
+        try:
+            # The first rank packs, behind a lock, and the others read what it wrote.
+            documents = load_documents(getattr(recipe, key))
+            return PackedLoader(
+                pack_documents(documents, tokenizer, stage.seq_length),
+                dp_rank=mesh.dp_rank,
+                dp=mesh.dp,
+                micro_batch_size=stage.micro_batch_size,
+                seed=recipe.seed + stage.number - 1,
+                shuffle=shuffle,
+            )
+        except ValueError as error:
+            where = f"{key}, stage {stage.number}" if recipe.stages else key
+            raise ValueError(f"{where}: {error}") from error
 
-    held_out = recipe.eval_data
     return [
         (
-            loader(recipe.data, stage, shuffle=True),
-            None if held_out is None else loader(held_out, stage, shuffle=False),
+            loader("data", stage, shuffle=True),
+            None if recipe.eval_data is None else loader("eval_data", stage, shuffle=False),
         )
         for stage in stages
     ]
@@ -229,8 +238,19 @@ def resume(
     state = load_checkpoint(engine, mesh, recipe.output_dir, recipe.resume)
     if state is None:
         return 0
+    if state["step"] > stages[-1].last_step:
+        raise ValueError(
+            f"max_steps = {stages[-1].last_step}, but the checkpoint has taken {state['step']}: "
+            "raise it, or name an earlier checkpoint in resume"
+        )
+    # Not in the weights' shapes, by which a checkpoint of another rank or other targets is known.
+    if recipe.lora is not None and recipe.lora.alpha != state["lora_alpha"]:
+        raise ValueError(
+            f"lora.alpha = {recipe.lora.alpha}, but the checkpoint was trained with "
+            f"{state['lora_alpha']}: keep it, it scales what has been learnt"
+        )
     stage = stage_of(stages, state["step"])
-    if (saved := state.get("stage", 1)) != stage.number:
+    if (saved := state["stage"]) != stage.number:
         raise ValueError(
             f"the checkpoint's step {state['step']} was one of stage {saved}, but by this recipe "
             f"it is one of stage {stage.number}: keep the max_steps of stages that are over"

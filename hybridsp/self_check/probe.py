@@ -83,15 +83,15 @@ def first_of_each_kind(mixers: list[Mixer]) -> list[Mixer]:
 
 
 def compared_parameters(model: PreTrainedModel, mixers: list[Mixer]) -> dict[str, nn.Parameter]:
-    """Trainable parameters of one mixer per kind, and the smallest one outside them."""
+    """Trainable parameters of one mixer per kind, and the smallest one outside them.
+
+    Of those above MAX_COMPARED_NUMEL none, or one where all are.
+    """
     first = tuple(f"{mixer.name}." for mixer in first_of_each_kind(mixers))
-    trainable = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and numel(parameter) <= MAX_COMPARED_NUMEL
-    }
-    chosen = {name: p for name, p in trainable.items() if name.startswith(first)}
-    others = {name: p for name, p in trainable.items() if name not in chosen}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    small = {name: p for name, p in trainable.items() if numel(p) <= MAX_COMPARED_NUMEL}
+    chosen = {name: p for name, p in small.items() if name.startswith(first)}
+    others = {name: p for name, p in (small or trainable).items() if name not in chosen}
     if others:
         smallest = min(others, key=lambda name: numel(others[name]))
         chosen[smallest] = others[smallest]
@@ -170,6 +170,7 @@ class Probe:
 
     def split(self) -> Trace:
         """The probe cut over the SP ranks, with the gradients as the optimizer would get them."""
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.utils import safe_get_full_grad
 
         part = shard_batch(self._batch, self.mesh)
@@ -178,6 +179,8 @@ class Probe:
             self.engine.set_gradient_accumulation_boundary(True)
             loss = self.engine(**part, num_items_in_batch=self.num_labels).loss
             self.engine.backward(loss)
+        # Offloaded gradients are copied to the host beside it, where they are read and wiped.
+        get_accelerator().synchronize()
         trace["the loss"] = loss.detach()
         # Collective in ZeRO, so on every rank and in one order.
         grads = {name: safe_get_full_grad(p) for name, p in self.parameters.items()}
@@ -194,9 +197,8 @@ class Probe:
                 loss_sum = self.model(**self._whole).loss
             parameters = list(self.parameters.values())
             with without_reduction(self.engine):
-                grads = torch.autograd.grad(
-                    loss_sum, parameters, allow_unused=True, materialize_grads=True
-                )
+                # None where there is none: `materialize_grads` would make zeros of ZeRO-3's shard.
+                grads = torch.autograd.grad(loss_sum, parameters, allow_unused=True)
         mine = slice(self.mesh.sp_rank * self.length, (self.mesh.sp_rank + 1) * self.length)
         trace = {name: output[:, mine] for name, output in trace.items()}
         sums = {"the loss": loss_sum.detach()}

@@ -112,8 +112,9 @@ def whole_batch(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         else the batch holds, which `shard_batch` refuses.
 
     Raises:
-        ValueError: there are no labels, padding is not at the end or has labels, a document's
-            positions do not start at 0, or two keys tell of different documents.
+        ValueError: there are no labels or not one per token, padding is not at the end or has
+            labels, a document's positions do not start at 0, or two keys tell of different
+            documents.
     """
     rest = {key: value for key, value in batch.items() if value is not None and key not in DERIVED}
     tokens, labels = rest.get("input_ids"), rest.get("labels")
@@ -122,6 +123,11 @@ def whole_batch(batch: Mapping[str, Any]) -> dict[str, Tensor]:
             f"the batch has {sorted(batch)}: a causal language model is trained on input_ids and "
             "labels, both [B, T]; use a collator that makes labels, such as "
             "DataCollatorForLanguageModeling(tokenizer, mlm=False) or DataCollatorWithFlattening"
+        )
+    if labels.shape != tokens.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, input_ids {tuple(tokens.shape)}: give one "
+            f"label per token, {IGNORED_LABEL} where nothing is to be learnt"
         )
     real = _real_tokens(rest.pop("attention_mask", None), tokens, labels)
     told = {key: rest.pop(key).flatten().tolist() for key in BOUNDARIES if key in rest}

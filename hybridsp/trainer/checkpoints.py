@@ -28,8 +28,9 @@ def complete_checkpoint(output_dir: str, asked: str | bool) -> str:
             raise ValueError(f"{asked} is no complete checkpoint: it has no {STATE}")
         return str(asked)
     steps = {
-        int(path.parent.name.removeprefix("checkpoint-")): path.parent
+        int(number): path.parent
         for path in Path(output_dir).glob(f"checkpoint-*/{STATE}")
+        if (number := path.parent.name.removeprefix("checkpoint-")).isdecimal()
     }
     if not steps:
         raise ValueError(
