@@ -135,4 +135,4 @@ def test_what_is_avoided(tmp_path):
     text, version = in_fresh_interpreter(machine_code, False, timeout=120, TRITON_CACHE_DIR=folder)
     if version != "12.8":
         pytest.skip(f"Triton takes ptxas {version} here, only 12.8 is known to be unsound")
-    assert len(mixed_up_halves(text)) == 1
+    assert mixed_up_halves(text) != []
