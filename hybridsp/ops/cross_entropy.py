@@ -65,10 +65,13 @@ class TiledCrossEntropy(torch.autograd.Function):
         tiles = [x.split(tokens_per_tile) for x in (hidden.flatten(0, 1), labels.flatten())]
         rows = 0
         for tokens, targets in zip(*tiles, strict=True):
-            logits = (tokens @ weight.T).float()
-            total += F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED_LABEL)
+            # By gathering and masking: an index made of booleans would wait for the GPU every tile.
+            valid = (targets != IGNORED_LABEL)[:, None]
+            picked = torch.where(valid, targets[:, None], 0)
+            logp = F.log_softmax(tokens @ weight.T, dim=-1, dtype=torch.float32)
+            total -= (logp.gather(1, picked) * valid).sum()
             if any(wanted):
-                dlogits = _logit_gradient(logits, targets).to(hidden.dtype)
+                dlogits = _logit_gradient(logp, picked, valid).to(hidden.dtype)
                 if dhidden is not None:
                     dhidden.view(-1, hidden.shape[-1])[rows : rows + len(targets)] = (
                         dlogits @ weight
@@ -89,9 +92,6 @@ class TiledCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, None, None, None
 
 
-def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """Softmax - one_hot, zero where the label is ignored."""
-    valid = targets != IGNORED_LABEL
-    gradient = logits.softmax(dim=-1)
-    gradient[valid, targets[valid]] -= 1.0
-    return gradient * valid[:, None]
+def _logit_gradient(logp: Tensor, picked: Tensor, valid: Tensor) -> Tensor:
+    """Softmax - one_hot, zero where the label is ignored; overwrites logp [tokens, vocabulary]."""
+    return logp.exp_().scatter_add_(1, picked, -valid.to(logp.dtype)).mul_(valid)
