@@ -4,11 +4,22 @@ They let the CPU check what a backend passes to a kernel and how it reads what c
 insists on what the real one insists on, or would silently read wrongly.
 """
 
+from itertools import pairwise
 from types import ModuleType
 
 import torch
 
-from hybridsp.ops.softmax import block_attention, block_attention_backward
+from hybridsp.ops.softmax import block_attention, block_attention_backward, trial
+
+KIND = trial.Kind(
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    key_dim=16,
+    value_dim=16,
+    group=3,
+    windowed=False,
+    deterministic=False,
+)
 
 
 def window_of(left, right):
@@ -20,20 +31,54 @@ def window_of(left, right):
     return left + 1
 
 
-def attend(q, k, v, causal, scale, window=None):
-    """A kernel on [B, L, H, D]; its lse is [B, H, L]."""
+def attend(q, k, v, causal, scale, window=None, lengths=(None,) * 4):
+    """A kernel on [B, L, H, D], whose lse is [B, H, L]; or on [T, H, D], whose lse is [H, T]."""
     assert all(x.stride(-1) == 1 for x in (q, k, v))
-    out, lse = block_attention(q, k, v, scale=scale, causal=causal, window=window)
-    return out.to(q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
+    options = {"scale": scale, "causal": causal, "window": window}
+    if lengths[0] is None:
+        out, lse = block_attention(q, k, v, **options)
+        return out.to(q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
+    out, lse = torch.empty(*q.shape[:2], v.shape[2]), torch.empty(q.shape[1], q.shape[0])
+    for rows, keys in packed(q, k, lengths):
+        block_out, block_lse = block_attention(
+            q[None, rows], k[None, keys], v[None, keys], **options
+        )
+        out[rows], lse[:, rows] = block_out[0], block_lse[0].T
+    return out.to(q.dtype), lse
 
 
-def differentiate(dout, q, k, v, out, lse, causal, scale, window=None):
+def differentiate(dout, q, k, v, out, lse, causal, scale, window=None, lengths=(None,) * 4):
     assert lse.is_contiguous()
-    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     assert {x.dtype for x in (dout, k, v, out)} == {q.dtype}
-    tensors = (dout, q, k, v, out, lse.transpose(1, 2))
-    grads = block_attention_backward(*tensors, scale=scale, causal=causal, window=window)
-    return tuple(x.to(q.dtype) for x in grads)
+    options = {"scale": scale, "causal": causal, "window": window}
+    if lengths[0] is None:
+        assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+        tensors = (dout, q, k, v, out, lse.transpose(1, 2))
+        return tuple(x.to(q.dtype) for x in block_attention_backward(*tensors, **options))
+    assert lse.shape == (q.shape[1], q.shape[0])
+    dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
+    for rows, keys in packed(q, k, lengths):
+        of_rows = [x[None, rows] for x in (dout, q, out, lse.T)]
+        grads = block_attention_backward(
+            *of_rows[:2], k[None, keys], v[None, keys], *of_rows[2:], **options
+        )
+        dq[rows], dk[keys], dv[keys] = (x[0] for x in grads)
+    return tuple(x.to(q.dtype) for x in (dq, dk, dv))
+
+
+def packed(q, k, lengths):
+    """Rows of each block. A kernel skips rows past the greatest length, and reads past the last."""
+    cu_q, cu_k, max_q, max_k = lengths
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert cu_q.is_contiguous()
+    assert cu_k.is_contiguous()
+    bounds = cu_q.tolist(), cu_k.tolist()
+    assert [(x[0], x[-1]) for x in bounds] == [(0, q.shape[0]), (0, k.shape[0])]
+    blocks = [[slice(*span) for span in pairwise(x)] for x in bounds]
+    assert all(rows.start < rows.stop <= rows.start + max_q for rows in blocks[0])
+    assert all(keys.start < keys.stop <= keys.start + max_k for keys in blocks[1])
+    assert max_q > 1, "FlashAttention-2 would lay the lse out otherwise"
+    return zip(*blocks, strict=True)
 
 
 def register_operators(library):
@@ -64,10 +109,11 @@ def register_operators(library):
         q, k, v, cq, ck, mq, mk, p, causal, debug,
         *, scale=None, window_size_left=None, window_size_right=None,
     ):  # fmt: skip
-        assert (cq, ck, mq, mk, p, debug) == (None, None, q.shape[1], k.shape[1], 0.0, False)
-        assert q.shape[3] == v.shape[3]
+        assert (p, debug) == (0.0, False)
+        assert cq is not None or (ck, mq, mk) == (None, q.shape[1], k.shape[1])
+        assert q.shape[-1] == v.shape[-1]
         window = window_of(window_size_left, window_size_right)
-        out, lse = attend(q, k, v, causal, scale, window)
+        out, lse = attend(q, k, v, causal, scale, window, (cq, ck, mq, mk))
         unused = torch.zeros(2, dtype=torch.int64)
         return out, lse, unused, unused[0], torch.empty(0)
 
@@ -75,10 +121,11 @@ def register_operators(library):
         dout, q, k, v, out, lse, cq, ck, mq, mk, p, causal, state, unused,
         *, scale=None, window_size_left=None, window_size_right=None,
     ):  # fmt: skip
-        assert (cq, ck, mq, mk, p) == (None, None, q.shape[1], k.shape[1], 0.0)
+        assert p == 0.0
+        assert cq is not None or (ck, mq, mk) == (None, q.shape[1], k.shape[1])
         assert out.shape == q.shape
         window = window_of(window_size_left, window_size_right)
-        return differentiate(dout, q, k, v, out, lse, causal, scale, window)
+        return differentiate(dout, q, k, v, out, lse, causal, scale, window, (cq, ck, mq, mk))
 
     library.impl("_scaled_dot_product_cudnn_attention", cudnn, "CPU")
     library.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward, "CPU")
@@ -97,46 +144,82 @@ def module(name, *functions):
 def flash_attn_2():
     """As in flash-attn 2.8."""
 
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False, block_table=None,
+    ):  # fmt: skip
+        assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
+        assert q.shape[-1] == v.shape[-1]
+        window = window_of(window_size_left, window_size_right)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return *attend(q, k, v, causal, softmax_scale, window, lengths), None, None
+
     def _flash_attn_forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, return_softmax,
     ):  # fmt: skip
-        assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
-        assert q.shape[3] == v.shape[3]
+        lengths, window = (None,) * 4, (window_size_left, window_size_right)
+        extras = softcap, alibi_slopes, return_softmax
+        return _flash_attn_varlen_forward(
+            q, k, v, *lengths, dropout_p, softmax_scale, causal, *window, *extras
+        )
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert (dropout_p, softcap, alibi_slopes, deterministic) == (0.0, 0.0, None, False)
+        assert out.shape == q.shape
         window = window_of(window_size_left, window_size_right)
-        return *attend(q, k, v, causal, softmax_scale, window), None, None
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        tensors = dout, q, k, v, out, softmax_lse
+        grads = differentiate(*tensors, causal, softmax_scale, window, lengths)
+        for x, grad in zip((dq, dk, dv), grads, strict=True):
+            x.copy_(grad)
 
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
-        assert (dropout_p, softcap, alibi_slopes, deterministic) == (0.0, 0.0, None, False)
-        assert out.shape == q.shape
-        window = window_of(window_size_left, window_size_right)
-        grads = differentiate(dout, q, k, v, out, softmax_lse, causal, softmax_scale, window)
-        for x, grad in zip((dq, dk, dv), grads, strict=True):
-            x.copy_(grad)
+        lengths, window = (None,) * 4, (window_size_left, window_size_right)
+        tensors, extras = (dout, q, k, v, out, softmax_lse), (softcap, alibi_slopes, deterministic)
+        _flash_attn_varlen_backward(
+            *tensors, dq, dk, dv, *lengths, dropout_p, softmax_scale, causal, *window, *extras
+        )
 
-    return module("flash_attn.flash_attn_interface", _flash_attn_forward, _flash_attn_backward)
+    functions = (
+        _flash_attn_forward,
+        _flash_attn_backward,
+        _flash_attn_varlen_forward,
+        _flash_attn_varlen_backward,
+    )
+    return module("flash_attn.flash_attn_interface", *functions)
 
 
 def flash_attn_3():
     """As in FlashAttention's hopper folder, arguments that are not passed left out."""
 
     def _flash_attn_forward(
-        q, k, v, k_new=None, v_new=None, softmax_scale=None, causal=False, window_size_left=-1,
+        q, k, v, k_new=None, v_new=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, softmax_scale=None, causal=False, window_size_left=-1,
         window_size_right=-1, num_splits=1,
     ):  # fmt: skip
         window = window_of(window_size_left, window_size_right)
-        return *attend(q, k, v, causal, softmax_scale, window), None, None
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return *attend(q, k, v, causal, softmax_scale, window, lengths), None, None
 
     def _flash_attn_backward(
-        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, dq=None, dk=None,
-        dv=None, softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None,
+        sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
+        softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
         softcap=0.0, deterministic=False,
     ):  # fmt: skip
         window = window_of(window_size_left, window_size_right)
-        grads = differentiate(dout, q, k, v, out, softmax_lse, is_causal, softmax_scale, window)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        tensors = dout, q, k, v, out, softmax_lse
+        grads = differentiate(*tensors, is_causal, softmax_scale, window, lengths)
         for x, grad in zip((dq, dk, dv), grads, strict=True):
             x.copy_(grad)
 
@@ -147,26 +230,29 @@ def flash_attn_4():
     """As in flash_attn.cute, arguments that are not passed left out."""
 
     def _flash_attn_fwd(
-        q, k, v, cu_seqlens_q=None, softmax_scale=None, causal=False, window_size_left=None,
-        window_size_right=None, return_lse=False,
+        q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        softmax_scale=None, causal=False, window_size_left=None, window_size_right=None,
+        return_lse=False,
     ):  # fmt: skip
-        out, lse = attend(
-            q, k, v, causal, softmax_scale, window_of(window_size_left, window_size_right)
-        )
+        window = window_of(window_size_left, window_size_right)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = attend(q, k, v, causal, softmax_scale, window, lengths)
         return out, lse if return_lse else None
 
     def _flash_attn_bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, window_size_left=None,
-        window_size_right=None, deterministic=False,
+        window_size_right=None, deterministic=False, cu_seqlens_q=None, cu_seqlens_k=None,
+        max_seqlen_q=None, max_seqlen_k=None,
     ):  # fmt: skip
         window = window_of(window_size_left, window_size_right)
-        return differentiate(dout, q, k, v, out, lse, causal, softmax_scale, window)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return differentiate(dout, q, k, v, out, lse, causal, softmax_scale, window, lengths)
 
     return module("flash_attn.cute.interface", _flash_attn_fwd, _flash_attn_bwd)
 
 
 def early_flash_attn_4():
-    """Its backward knew no windows."""
+    """Its backward knew neither windows nor packed blocks."""
 
     def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0):
         return differentiate(dout, q, k, v, out, lse, causal, softmax_scale)

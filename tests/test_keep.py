@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from cases import case
 from distributed import DEEPSPEED, PRELOAD, run_ranks
-from tiny import VOCABULARY, batch_of, tiny_model
+from test_parallelize import dense_model
+from tiny import batch_of, tiny_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import hybridsp
 from hybridsp.attention import KeepingAttention, ring, softmax_attention
@@ -36,18 +36,7 @@ NOT_REENTRANT = {"use_reentrant": False}
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-        )
-    )
+    return dense_model("llama")
 
 
 MODELS = {"hybrid_gla": tiny_model, "llama": llama}
@@ -91,7 +80,11 @@ def watched(variant="ring"):
         return not alive()
 
     seen.alive, seen.all_gone = alive, all_gone
-    blocks = replace(plain.BACKEND, forward=counted("blocks", plain.block_attention))
+    blocks = replace(
+        plain.BACKEND,
+        forward=counted("blocks", plain.block_attention),
+        varlen=plain.VARLEN._replace(forward=counted("blocks", plain.packed_attention)),
+    )
     post = counted("messages", RingExchange.post)
 
     def chosen(*_, **__):  # a Mock would keep what it was called with

@@ -15,7 +15,7 @@ from hybridsp.ops import SHORT_CONVOLUTION_FUNCTIONS
 from hybridsp.ops.conv import causal_conv, document_offsets
 from hybridsp.ops.gla import segment_ids
 from hybridsp.ops.interfaces import require_one_packed_row
-from hybridsp.ops.merge import merge_attention
+from hybridsp.ops.merge import merge_attention_
 from hybridsp.ops.reference import naive_causal_conv
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -119,12 +119,14 @@ def test_merge_of_rows_that_saw_no_key():
     lse = torch.tensor([-inf, -inf, 2.0, 1e3]).view(1, 4, 1).expand(1, 4, 2)
     block_lse = torch.tensor([-inf, 1.0, -inf, 1e3]).view(1, 4, 1).expand(1, 4, 2)
     out[:, :2], block_out[:, 0] = 0, 0
-    merged, merged_lse = merge_attention(out, lse, block_out, block_lse)
+    merged, merged_lse = out.clone(), lse.clone()
+    merge_attention_(merged, merged_lse, block_out, block_lse)
     assert merged[:, 0].count_nonzero() == 0
     torch.testing.assert_close(merged[:, 1], block_out[:, 1], rtol=0, atol=0)
     torch.testing.assert_close(merged[:, 2], out[:, 2], rtol=0, atol=0)
     # exp(1e3) is out of range, and an fp32 of 1e3 is itself only good to 6e-5.
     torch.testing.assert_close(merged[:, 3], (out + block_out)[:, 3] / 2, rtol=1e-4, atol=1e-4)
     assert merged_lse[0, :3, 0].tolist() == [-inf, 1.0, 2.0]
-    other_way = merge_attention(block_out, block_lse, out, lse)
+    other_way = block_out.clone(), block_lse.clone()
+    merge_attention_(*other_way, out, lse)
     torch.testing.assert_close(other_way, (merged, merged_lse))

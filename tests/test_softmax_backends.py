@@ -1,5 +1,6 @@
 """Backends of block attention: what they pass to their kernels, what is tried, who is chosen."""
 
+import itertools
 import logging
 import sys
 from dataclasses import replace
@@ -74,17 +75,6 @@ def packages(monkeypatch):
     flash_attn._imported.cache_clear()
 
 
-KIND = trial.Kind(
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    key_dim=16,
-    value_dim=16,
-    group=3,
-    windowed=False,
-    deterministic=False,
-)
-
-
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_backend_calls_its_kernel_rightly(name, packages):
@@ -101,7 +91,27 @@ def test_every_backend_calls_its_kernel_rightly(name, packages):
                 torch.testing.assert_close(got, right, **CLOSE)
     out, _ = backend.forward(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale=1.0, causal=False)
     assert out.dtype == torch.bfloat16
-    assert trial.why_it_fails.__wrapped__(backend, KIND) is None
+    assert trial.why_it_fails.__wrapped__(backend, softmax_kernels.KIND) is None
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("name", sorted(choose._VARLEN))
+def test_every_backend_calls_its_varlen_kernel_rightly(name, packages):
+    if name in softmax_kernels.PACKAGES:
+        packages(name, softmax_kernels.PACKAGES[name]())
+    varlen = choose._VARLEN[name]
+    backend = replace(choose._BY_NAME[name], varlen=varlen)
+    for dims, window in itertools.product(((16, 16), (24, 16)), (None, 7)):
+        q, k, v = (x[:1] for x in attention_inputs(64, 128, dims=dims))
+        for dout in (torch.randn(1, 64, 6, dims[1]), torch.ones(()).expand(1, 64, 6, dims[1])):
+            got, right = (
+                trial.attend_in_blocks(x, trial.documents(), q, k, v, dout, window=window)
+                for x in (backend, plain.BACKEND)
+            )
+            torch.testing.assert_close(got, right, **CLOSE)
+    for changes in ({}, {"windowed": True}, {"value_dim": 8}):
+        kind = replace(softmax_kernels.KIND, **changes)
+        assert trial.why_varlen_fails.__wrapped__(choose._BY_NAME[name], varlen, kind) is None
 
 
 @pytest.mark.usefixtures("operators")
@@ -122,56 +132,6 @@ def test_cudnn_refuses_a_window():
         torch_ops.cudnn_forward(q, k, v, scale=1.0, causal=True, window=4)
 
 
-# --- the trial ---
-
-
-def broken(**changes):
-    return replace(plain.BACKEND, name="broken", **changes)
-
-
-def test_a_trial_finds_what_is_wrong():
-    def refuses(*args, **options):
-        raise RuntimeError("no kernel for this chip\nand a long trace")
-
-    def in_bits(*args, **options):
-        out, lse = block_attention(*args, **options)
-        return out, lse / 0.6931
-
-    def nan_for_keys(*args, **options):
-        dq, dk, dv = block_attention_backward(*args, **options)
-        return dq, dk * float("nan"), dv
-
-    def of_its_own_block(dout, q, k, v, out, lse, **options):
-        own = block_attention(q, k, v, **options)
-        return block_attention_backward(dout, q, k, v, *own, **options)
-
-    def reason(backend, kind=KIND):
-        return trial.why_it_fails.__wrapped__(backend, kind)
-
-    assert reason(plain.BACKEND) is None
-    assert reason(plain.BACKEND, replace(KIND, windowed=True, value_dim=8)) is None
-    raised = "a trial raised RuntimeError: no kernel for this chip"
-    assert reason(broken(forward=refuses)) == raised
-    assert reason(broken(backward=refuses)) == raised
-    assert "trial's out was off" in reason(broken(forward=in_bits))
-    assert "trial's dk was off by nan" in reason(broken(backward=nan_for_keys))
-    assert "trial's dq was off" in reason(broken(backward=of_its_own_block))
-
-
-def test_a_trial_leaves_the_seed_alone():
-    state = torch.get_rng_state()
-    trial.why_it_fails.__wrapped__(plain.BACKEND, KIND)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_trial_does_not_blame_a_backend_for_a_full_gpu():
-    def full(*args, **options):
-        raise torch.OutOfMemoryError("full")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        trial.why_it_fails.__wrapped__(broken(forward=full), KIND)
-
-
 # --- the choice ---
 
 
@@ -179,12 +139,18 @@ def test_a_trial_does_not_blame_a_backend_for_a_full_gpu():
 def chip(monkeypatch):
     """Pretend that CUDA tensors lie on a chip where every kernel keeps what it promises."""
 
-    def pretend(*version, fails=lambda backend, kind: None):
+    def pretend(
+        *version,
+        fails=lambda backend, kind: None,
+        packed_fails=lambda backend, varlen, kind: varlen.why_not(100 if kind.windowed else None),
+    ):
         for module in (choose, torch_ops, flash_attn):
             monkeypatch.setattr(module, "capability", lambda device: version)
         monkeypatch.setattr(choose, "why_it_fails", fails)
+        monkeypatch.setattr(choose, "why_varlen_fails", packed_fails)
 
     choose._log_choice.cache_clear()
+    choose._log_loop.cache_clear()
     return pretend
 
 
@@ -267,6 +233,35 @@ def test_cudnn_is_not_chosen_for_lengths_that_vary(chip, packages):
     assert choose_backend(*inputs, lengths_vary=True).name == "flash_attn_3"
 
 
+def test_varlen_passes_are_for_lengths_that_vary_and_go_first(chip, packages, caplog):
+    def slow(backend, varlen, kind):
+        return "a trial's dq was off by 7%" if backend.name in failing else None
+
+    failing = []
+    chip(9, 0, packed_fails=slow)
+    packages("flash_attn_2", softmax_kernels.flash_attn_2())
+    inputs = tensors()
+    assert choose_backend(*inputs, name="flash").varlen is None
+    with caplog.at_level(logging.INFO):
+        assert choose_backend(*inputs, lengths_vary=True).varlen is not None
+        failing.append("flash_attn_2")
+        chosen = choose_backend(*inputs, lengths_vary=True)
+        assert (chosen.name, chosen.varlen) == ("flash", choose._VARLEN["flash"])
+        assert "flash_attn_2: a trial's dq was off by 7%)" in caplog.records[-1].message
+        failing.append("flash")
+        for _ in range(2):  # the faster of two that loop
+            chosen = choose_backend(*inputs, lengths_vary=True)
+            assert (chosen.name, chosen.varlen) == ("flash_attn_2", None)
+        assert choose_backend(*inputs, lengths_vary=True, name="cudnn").varlen is None
+    loops = [r.message.partition(" on ")[2] for r in caplog.records if "one by one" in r.message]
+    assert loops == [
+        "flash_attn_2 computes packed documents one by one: a trial's dq was off by 7%",
+        "cudnn computes packed documents one by one: it has no varlen passes",
+    ]
+    on_cpu = choose_backend(*tensors(device="cpu"), lengths_vary=True)
+    assert on_cpu == replace(plain.BACKEND, varlen=plain.VARLEN)
+
+
 REASONS = [
     # chip, tensors, window, who refuses, with what reason
     ((9, 0), {"device": "cpu"}, None, KERNELS, "on cpu, not on a CUDA device"),
@@ -330,6 +325,11 @@ def test_flash_attn_4_before_it_knew_windows(chip, packages):
     packages("flash_attn_4", softmax_kernels.early_flash_attn_4())
     assert why_not("flash_attn_4", *tensors()) is None
     assert "window_size" in why_not("flash_attn_4", *tensors(), window=100)
+    chosen = choose_backend(*tensors(), lengths_vary=True, name="flash_attn_4")
+    assert chosen.varlen is None
+    reason = choose.why_not_varlen("flash_attn_4", *tensors())
+    assert "takes other arguments than expected (" in reason
+    assert "_seqlen" in reason
 
 
 def test_arguments_are_read_through_custom_operators():

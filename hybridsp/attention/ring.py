@@ -5,14 +5,16 @@ Outputs are merged in fp32 by their log-sum-exp, so the error does not grow with
 backward visits the same keys once more with the *merged* out and lse, so every block's gradients
 are exact shares; they are added up in fp32 where they belong.
 
-Packed documents make many small blocks, and what a block costs beside its kernel is the host's
-time: so a rank's own blocks, which cover its rows once and in order, are split off and laid side by
-side all at once, and those of later steps are merged in place.
+Packed documents make many small blocks. Where the backend can, a step is one call of it, or two
+(`ops.softmax.calls`). A rank's own calls cover its rows once and in order: what they need is split
+off and what they return laid side by side, all at once, and of one call nothing is copied. Those of
+later steps are merged in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from hybridsp.attention.keep import attend_once
 from hybridsp.attention.ring_plan import RingPlan
 from hybridsp.attention.ring_transport import Transport
-from hybridsp.ops.merge import merge_attention_
+from hybridsp.ops.softmax import Call, calls_of
 
 
 class RingAttention(torch.autograd.Function):
@@ -67,17 +69,8 @@ def attend(
     _, keys, values = next(visits)
     out, lse = _attend_to_own(q, keys, values, plan)
     for step, keys, values in visits:
-        for block in plan.blocks(step):
-            rows, columns = block.q, block.k
-            block_out, block_lse = plan.backend.forward(
-                q[:, rows],
-                keys[:, columns],
-                values[:, columns],
-                scale=plan.scale,
-                causal=block.causal,
-                window=plan.window,
-            )
-            merge_attention_(out[:, rows], lse[:, rows], block_out, block_lse)
+        for call in step_calls(plan, step, q.device):
+            call.merge_forward_(out, lse, q, keys, values)
     return out.to(q.dtype), lse
 
 
@@ -107,36 +100,29 @@ def differentiate(
     dq, dk, dv = _differentiate_own(dout, q, keys, values, out, lse, plan)
     for step, keys, values in visits:
         step_dk, step_dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (keys, values))
-        for block in plan.blocks(step):
-            rows, columns = block.q, block.k
-            gradients = plan.backend.backward(
-                dout[:, rows],
-                q[:, rows],
-                keys[:, columns],
-                values[:, columns],
-                out[:, rows],
-                lse[:, rows],
-                scale=plan.scale,
-                causal=block.causal,
-                window=plan.window,
-            )
-            sums = dq[:, rows], step_dk[:, columns], step_dv[:, columns]
-            for whole, share in zip(sums, gradients, strict=True):
-                whole.add_(share)
+        for call in step_calls(plan, step, q.device):
+            call.add_backward_(dq, step_dk, step_dv, dout, q, keys, values, out, lse)
         transport.send_home(step, step_dk, step_dv, dk, dv)
     transport.collect(dk, dv)
     return dq, dk, dv
 
 
+# All layers of a model, forward and backward, ask for the same few steps, and on a GPU what says
+# where rows lie is there already.
+@lru_cache(maxsize=64)
+def step_calls(plan: RingPlan, step: int, device: torch.device) -> list[Call]:
+    """What this rank computes at a step."""
+    blocks = plan.blocks(step)
+    return calls_of(blocks, plan.backend, device, scale=plan.scale, window=plan.window)
+
+
 def _attend_to_own(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan) -> tuple[Tensor, Tensor]:
     """Out and lse over the rank's own keys, which every query sees some of; out fp32 to merge."""
-    blocks = plan.blocks(0)
-    if not blocks:  # documents shorter than the ring can leave a rank without tokens
+    calls = step_calls(plan, 0, q.device)
+    if not calls:  # documents shorter than the ring can leave a rank without tokens
         return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=torch.float32)
-    results = [
-        plan.backend.forward(*tensors, scale=plan.scale, causal=block.causal, window=plan.window)
-        for block, tensors in zip(blocks, _by_block([q, k, v], plan), strict=True)
-    ]
+    parts = _by_call([q, k, v], calls)
+    results = [call.forward(*part) for call, part in zip(calls, parts, strict=True)]
     outs, lses = zip(*results, strict=True)
     out = _side_by_side(outs, dim=1)
     # Laid head by head, whatever the view says: as kernels give it and take it back.
@@ -148,29 +134,24 @@ def _differentiate_own(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: RingPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients within the rank's own keys; fp32 where others are added to them."""
-    blocks = plan.blocks(0)
-    if not blocks:
+    calls = step_calls(plan, 0, q.device)
+    if not calls:
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     else:
-        of_blocks = _by_block([dout, q, k, v, out, lse], plan)
-        results = [
-            plan.backend.backward(
-                *tensors, scale=plan.scale, causal=block.causal, window=plan.window
-            )
-            for block, tensors in zip(blocks, of_blocks, strict=True)
-        ]
-        dq, dk, dv = (_side_by_side(parts, dim=1) for parts in zip(*results, strict=True))
+        parts = _by_call([dout, q, k, v, out, lse], calls)
+        results = [call.backward(*part) for call, part in zip(calls, parts, strict=True)]
+        dq, dk, dv = (_side_by_side(shares, dim=1) for shares in zip(*results, strict=True))
     return (dq.float(), dk.float(), dv.float()) if plan.steps > 1 else (dq, dk, dv)
 
 
-def _by_block(tensors: Sequence[Tensor], plan: RingPlan) -> list[tuple[Tensor, ...]]:
-    """Each own block's rows of tensors [B, Lz, ...]."""
-    sizes = [block.q.stop - block.q.start for block in plan.blocks(0)]
-    if len(sizes) == 1:
+def _by_call(tensors: Sequence[Tensor], calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
+    """Each own call's rows of tensors [B, Lz, ...]."""
+    if len(calls) == 1:
         return [tuple(tensors)]
+    sizes = [call.q.size for call in calls]
     return list(zip(*(x.split(sizes, dim=1) for x in tensors), strict=True))
 
 
 def _side_by_side(parts: Sequence[Tensor], *, dim: int) -> Tensor:
-    """The own blocks' results as one tensor, their rows along `dim`."""
+    """The own calls' results as one tensor, their rows along `dim`."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

@@ -17,28 +17,15 @@ import torch
 from torch import Tensor
 
 
-def merge_attention(
-    out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Merge two attention summaries over disjoint keys.
+def merge_attention_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge attention over other keys into `out` and `lse`, in place.
+
+    One sigmoid of the difference is both weights, so the large tensor is read and written once.
 
     Args:
         out: [B, L, H, D] fp32.
         block_out: [B, L, H, D], any dtype.
         lse, block_lse: [B, L, H] fp32; -inf where a token has seen no key yet.
-
-    Returns:
-        The merged (out, lse), new tensors.
-    """
-    out, lse = out.clone(), lse.clone()
-    merge_attention_(out, lse, block_out, block_lse)
-    return out, lse
-
-
-def merge_attention_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """`merge_attention` in place, of `out` and `lse`.
-
-    One sigmoid of the difference is both weights, so the large tensor is read and written once.
     """
     weight = (block_lse - lse).nan_to_num_(nan=0.0).sigmoid_()  # NaN: neither side saw a key
     torch.logaddexp(lse, block_lse, out=lse)

@@ -4,11 +4,13 @@
     flash_attn_3   built from source  flash_attn_interface              Hopper
     flash_attn_4   flash-attn-4       flash_attn.cute.interface         Hopper, Blackwell
 
-All take [B, L, H, D] as ours, take GQA as it is, and keep the lse as [B, H, L] fp32. The functions
-called here are the ones under the packages' autograd Functions, which alone give the lse and take
-it back; their arguments have changed between releases. So a package counts as usable only if its
-functions' signatures take what is passed here: a mismatch is a reason to use another backend, named
-in the log, and no TypeError in the middle of a step.
+All take [B, L, H, D] as ours, take GQA as it is, and keep the lse as [B, H, L] fp32. For packed
+blocks they take [T, H, D] and boundaries, named alike in all three, and the lse is [H, T].
+
+The functions called here are the ones under the packages' autograd Functions, which alone give the
+lse and take it back; their arguments have changed between releases. So a package counts as usable
+only if its functions' signatures take what is passed here: a mismatch is a reason to use another
+backend, named in the log, and no TypeError in the middle of a step.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ from torch import Tensor
 
 from hybridsp.ops.softmax.contract import (
     Backend,
+    Packing,
+    Varlen,
     capability,
     check_block,
     why_not_kernel,
     widen,
+    with_batch,
+    without_batch,
 )
 
 
@@ -48,6 +54,7 @@ class Package:
         gradients_in_place: dq, dk, dv are passed and written to, not returned.
         dout_last: the backward wants q, k, v, out, dout, lse, not dout, q, k, v, out, lse.
         one_head_dim: values narrower than keys have to be padded.
+        varlen: the functions' names for packed blocks; None if they are the same two.
         majors: compute capabilities that it has kernels for.
     """
 
@@ -61,6 +68,7 @@ class Package:
     gradients_in_place: bool
     dout_last: bool = False
     one_head_dim: bool = False
+    varlen: tuple[str, str] | None = None
     majors: tuple[int, ...]
 
     def function(self, name: str) -> Callable[..., Any]:
@@ -72,16 +80,21 @@ class Package:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        packing: Packing | None = None,
         *,
         scale: float,
         causal: bool,
         window: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`BlockForward`; out comes in q's dtype."""
-        check_block(q, k, causal, window)
+        """`BlockForward` and `VarlenForward`; out comes in q's dtype."""
+        check_block(q, k, causal, window, packing)
         wide_v = widen(v, q.shape[-1]) if self.one_head_dim else v
-        options = self.forward_options(window) | {self.causal_names[0]: causal}
-        out, lse, *_ = self.function(self.forward)(q, k, wide_v, softmax_scale=scale, **options)
+        name, _ = self._names(packing is not None)
+        options = self.forward_options(window) | {self.causal_names[0]: causal} | _lengths(packing)
+        out, lse, *_ = self.function(name)(
+            *without_batch(packing, q, k, wide_v), softmax_scale=scale, **options
+        )
+        out, lse = with_batch(packing, out, lse)
         return out[..., : v.shape[-1]], lse.transpose(1, 2)
 
     def run_backward(
@@ -92,18 +105,21 @@ class Package:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
+        packing: Packing | None = None,
         *,
         scale: float,
         causal: bool,
         window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`BlockBackward`; the gradients come in q's dtype."""
-        check_block(q, k, causal, window)
+        """`BlockBackward` and `VarlenBackward`; the gradients come in q's dtype."""
+        check_block(q, k, causal, window, packing)
         dout, out, wide_v = dout.to(q.dtype), out.to(q.dtype), v
         if self.one_head_dim:
             dout, out, wide_v = (widen(x, q.shape[-1]) for x in (dout, out, v))
         lse = lse.transpose(1, 2).contiguous()
-        options = self.backward_options(window) | {self.causal_names[1]: causal}
+        dout, q, k, wide_v, out, lse = without_batch(packing, dout, q, k, wide_v, out, lse)
+        _, name = self._names(packing is not None)
+        options = self.backward_options(window) | {self.causal_names[1]: causal} | _lengths(packing)
         gradients: tuple[Tensor, ...] = ()
         if self.gradients_in_place:
             gradients = tuple(
@@ -113,9 +129,12 @@ class Package:
         tensors = (
             (q, k, wide_v, out, dout, lse) if self.dout_last else (dout, q, k, wide_v, out, lse)
         )
-        returned = self.function(self.backward)(*tensors, softmax_scale=scale, **options)
-        dq, dk, dv = gradients or returned[:3]
+        returned = self.function(name)(*tensors, softmax_scale=scale, **options)
+        dq, dk, dv = with_batch(packing, *(gradients or returned[:3]))
         return dq, dk, dv[..., : v.shape[-1]]
+
+    def _names(self, packed: bool) -> tuple[str, str]:
+        return (packed and self.varlen) or (self.forward, self.backward)
 
     def why_not(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str | None:
         """Why the package cannot do these."""
@@ -125,22 +144,22 @@ class Package:
             return f"it has no kernels for compute capability {major}.x"
         return reason
 
-    def why_not_installed(self, window: int | None) -> str | None:
+    def why_not_installed(self, window: int | None, *, packed: bool = False) -> str | None:
         """Why the package's functions cannot be called as this file does."""
         module = _imported(self.module)
         if isinstance(module, str):
             return module
         in_place = {"dq", "dk", "dv"} if self.gradients_in_place else set()
+        always = {"softmax_scale", *(_LENGTHS if packed else ())}
+        forward, backward = self._names(packed)
         calls = (
-            (self.forward, 3, {*self.forward_options(window), self.causal_names[0]}),
-            (self.backward, 6, {*self.backward_options(window), self.causal_names[1], *in_place}),
+            (forward, 3, {*self.forward_options(window), self.causal_names[0]}),
+            (backward, 6, {*self.backward_options(window), self.causal_names[1], *in_place}),
         )
         for name, positional, names in calls:
             if not hasattr(module, name):
                 return f"{self.module} has no {name}: another version of the package"
-            mismatch = _mismatch(
-                getattr(module, name), positional, frozenset({*names, "softmax_scale"})
-            )
+            mismatch = _mismatch(getattr(module, name), positional, frozenset(names | always))
             if mismatch:
                 return f"{self.module}.{name} takes other arguments than expected ({mismatch})"
         return None
@@ -152,6 +171,14 @@ class Package:
             forward=self.run_forward,
             backward=self.run_backward,
             why_not=self.why_not,
+        )
+
+    def as_varlen(self) -> Varlen:
+        """Its passes for packed blocks."""
+        return Varlen(
+            self.run_forward,
+            self.run_backward,
+            lambda window: self.why_not_installed(window, packed=True),
         )
 
 
@@ -177,6 +204,17 @@ def _mismatch(function: Callable[..., Any], positional: int, names: frozenset[st
     return None
 
 
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
+def _lengths(packing: Packing | None) -> dict[str, Any]:
+    """Boundaries and greatest lengths of packed blocks."""
+    if packing is None:
+        return {}
+    values = packing.cu_q, packing.cu_k, packing.max_q, packing.max_k
+    return dict(zip(_LENGTHS, values, strict=True))
+
+
 def _sides(window: int | None) -> dict[str, int]:
     """How many keys a query sees to its left and right; -1 for all."""
     return {
@@ -200,6 +238,7 @@ FLASH_ATTN_2 = Package(
     backward_options=lambda window: {**_sides(window), **_NO_EXTRAS, **_deterministic()},
     gradients_in_place=True,
     one_head_dim=True,
+    varlen=("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
     majors=(8, 9, 10, 11, 12),
 )
 FLASH_ATTN_3 = Package(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hybridsp.ops.softmax.contract import Backend, check_block
+from hybridsp.ops.softmax.contract import Backend, Packing, Varlen, check_block
 
 QUERY_TILE = 512
 
@@ -66,6 +66,53 @@ def block_attention_backward(
             dk[..., columns, :] += (dscores.mT @ queries).sum(dim=2, keepdim=True)
             dv[..., columns, :] += (probabilities.mT @ douts).sum(dim=2, keepdim=True)
     return torch.cat(dqs, dim=1), _by_token(dk), _by_token(dv)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`VarlenForward`; out and lse come in fp32. One block after another: it has no GPU to fill."""
+    check_block(q, k, causal, window, packing)
+    results = [
+        block_attention(
+            q[:, rows], k[:, keys], v[:, keys], scale=scale, causal=causal, window=window
+        )
+        for rows, keys in packing.blocks()
+    ]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+
+
+def packed_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    packing: Packing,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`VarlenBackward`; the gradients come in fp32."""
+    check_block(q, k, causal, window, packing)
+    gradients = []
+    for rows, keys in packing.blocks():
+        tensors = dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, rows]
+        gradients.append(
+            block_attention_backward(*tensors, scale=scale, causal=causal, window=window)
+        )
+    dq, dk, dv = (torch.cat(parts, dim=1) for parts in zip(*gradients, strict=True))
+    return dq, dk, dv
 
 
 def _in_fp32(q: Tensor) -> torch.autocast:
@@ -125,3 +172,4 @@ BACKEND = Backend(
     backward=block_attention_backward,
     why_not=lambda q, k, v, window: None,
 )
+VARLEN = Varlen(packed_attention, packed_attention_backward)

@@ -7,14 +7,16 @@ it is, without repeated keys and values.
             lse [B, H, L, 1]
     flash   q, k, v [B, L, H, D] as ours (the operator under `_scaled_dot_product_flash_attention`,
             which transposes to this and cannot do windows); lse [B, H, L]; out and dout are copied
-            by the operator where they are not contiguous (slices of a batch of two or more)
+            by the operator where they are not contiguous (slices of a batch of two or more);
+            varlen: q, k, v [T, H, D], lse [H, T]
 
 What is copied here: the lse on its way into a backward, 4 bytes per query and head, because both
 read it head by head; and for flash, values narrower than keys, padded (`widen`).
 
 cuDNN builds a plan for every shape (and strides) that it has not met: on a B200 0.44 s forward and
 0.55 s backward, as measured in modelscope/FunASR#3704. The few lengths of an unpacked ring are
-planned once; documents whose lengths change every step would be planned for ever (`choose`).
+planned once; documents whose lengths change every step would be planned for ever (`choose`). And
+PyTorch's operator for it has no varlen passes, so packed documents are Flash's.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ from torch import Tensor
 
 from hybridsp.ops.softmax.contract import (
     Backend,
+    Packing,
+    Varlen,
     capability,
     check_block,
     why_not_kernel,
     widen,
+    with_batch,
+    without_batch,
 )
 from hybridsp.ops.softmax.plain import block_attention, block_attention_backward
 
@@ -126,20 +132,22 @@ def _must_be_deterministic() -> bool:
 
 
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing | None = None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`BlockForward`; out comes in q's dtype."""
-    check_block(q, k, causal, window)
-    q, k, wide_v = _last_contiguous(q, k, widen(v, q.shape[-1]))
+    """`BlockForward` and `VarlenForward`; out comes in q's dtype."""
+    check_block(q, k, causal, window, packing)
+    wide = without_batch(packing, q, k, widen(v, q.shape[-1]))
     left, right = _window_sides(window)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        wide_v,
-        None,  # no boundaries: one sequence per row
-        None,
-        q.shape[1],
-        k.shape[1],
+        *_last_contiguous(*wide),
+        *_lengths(q, k, packing),
         0.0,
         causal,
         False,
@@ -147,6 +155,7 @@ def flash_forward(
         window_size_left=left,
         window_size_right=right,
     )
+    out, lse = with_batch(packing, out, lse)
     return out[..., : v.shape[-1]], lse.transpose(1, 2)
 
 
@@ -157,29 +166,23 @@ def flash_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    packing: Packing | None = None,
     *,
     scale: float,
     causal: bool,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`BlockBackward`; the gradients come in q's dtype."""
-    check_block(q, k, causal, window)
-    wide = (widen(x.to(q.dtype), q.shape[-1]) for x in (v, dout, out))
-    q, k, wide_v, dout, out = _last_contiguous(q, k, *wide)
+    """`BlockBackward` and `VarlenBackward`; the gradients come in q's dtype."""
+    check_block(q, k, causal, window, packing)
+    wide_v, dout, out = (widen(x.to(q.dtype), q.shape[-1]) for x in (v, dout, out))
+    stats = lse.transpose(1, 2).contiguous()
+    tensors = without_batch(packing, dout, q, k, wide_v, out, stats)
     left, right = _window_sides(window)
     # There is no dropout, so what the generator was is never read.
     unused_state = torch.empty(2, dtype=torch.int64, device=q.device).view(torch.uint64)
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        dout,
-        q,
-        k,
-        wide_v,
-        out,
-        lse.transpose(1, 2).contiguous(),
-        None,  # no boundaries
-        None,
-        q.shape[1],
-        k.shape[1],
+    gradients = torch.ops.aten._flash_attention_backward(
+        *_last_contiguous(*tensors),
+        *_lengths(q, k, packing),
         0.0,
         causal,
         unused_state,
@@ -188,6 +191,7 @@ def flash_backward(
         window_size_left=left,
         window_size_right=right,
     )
+    dq, dk, dv = with_batch(packing, *gradients)
     return dq, dk, dv[..., : v.shape[-1]]
 
 
@@ -197,6 +201,15 @@ def why_not_flash(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str | 
     if reason is None and capability(q.device)[0] < 8:
         return "it needs compute capability 8.0"
     return reason
+
+
+def _lengths(
+    q: Tensor, k: Tensor, packing: Packing | None
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """The operators' boundaries, None for one sequence per row, and greatest lengths."""
+    if packing is None:
+        return None, None, q.shape[1], k.shape[1]
+    return packing.cu_q, packing.cu_k, packing.max_q, packing.max_k
 
 
 def _window_sides(window: int | None) -> tuple[int | None, int | None]:
@@ -211,3 +224,4 @@ def _last_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 CUDNN = Backend(name="cudnn", forward=cudnn_forward, backward=cudnn_backward, why_not=why_not_cudnn)
 FLASH = Backend(name="flash", forward=flash_forward, backward=flash_backward, why_not=why_not_flash)
+FLASH_VARLEN = Varlen(flash_forward, flash_backward)

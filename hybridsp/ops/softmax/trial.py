@@ -1,27 +1,34 @@
-"""Trying a backend: one small block, its results against the plain backend's.
+"""Trying a backend: a few small blocks, its results against the plain backend's.
 
 What a kernel supports depends on the chip, the versions of PyTorch, cuDNN and the package, and how
 the package was built; tables of that are out of date when they are written. Worse than a refusal
 are gradients that are silently wrong: FlashAttention-4 has given them for head dims that are not a
 multiple of 32. So before a backend is used for the first time on some kind of tensors, it computes
-64 queries over 128 keys as a ring of two steps would, forward and backward. That takes
-milliseconds, or the kernel's compilation, which would have come anyway.
+64 queries over 128 keys as a ring of two steps would, forward and backward; and before its varlen
+passes are, the same of documents of uneven lengths, one of which is a single token and one of which
+sees no more keys in the second step. That takes milliseconds, or the kernel's compilation, which
+would have come anyway.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from hybridsp.ops.merge import merge_attention
-from hybridsp.ops.softmax.contract import Backend
+from hybridsp.layout import Block
+from hybridsp.ops.softmax.calls import calls_of
+from hybridsp.ops.softmax.contract import Backend, Varlen
 from hybridsp.ops.softmax.plain import BACKEND as PLAIN
 
 TOKENS = 64
 WINDOW = 40
+OWN_SIZES = (30, 1, 24, 9)  # of the queries' documents
+PAST_SIZES = (17, 40, 0, 7)  # keys that each sees besides
 LIMIT = 0.05  # of a result's norm; bf16 comes to 0.003, what is wrong to more than 1
 
 
@@ -54,16 +61,28 @@ def kind_of(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Kind:
 @cache
 def why_it_fails(backend: Backend, kind: Kind) -> str | None:
     """Try a backend on a kind of tensors; None if it is right."""
+    return _why_blocks_fail(backend, kind, _one_document(TOKENS, 2 * TOKENS))
+
+
+@cache
+def why_varlen_fails(backend: Backend, varlen: Varlen, kind: Kind) -> str | None:
+    """Try varlen passes, in place of the backend's own, on a kind of tensors."""
+    window = WINDOW if kind.windowed else None
+    reason = varlen.why_not(window)
+    return reason or _why_blocks_fail(replace(backend, varlen=varlen), kind, documents())
+
+
+def _why_blocks_fail(backend: Backend, kind: Kind, blocks: Sequence[Block]) -> str | None:
     tensors = _random_tensors(kind)
     window = WINDOW if kind.windowed else None
     try:
-        got = attend_in_two_steps(backend, *tensors, window=window)
+        got = attend_in_blocks(backend, blocks, *tensors, window=window)
     except torch.OutOfMemoryError:
         raise  # says nothing about the backend
     # RuntimeError is PyTorch's and the kernels' own; the rest come from the packages' Python.
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         return f"a trial raised {type(error).__name__}: {str(error).splitlines()[0]}"
-    right = attend_in_two_steps(PLAIN, *tensors, window=window)
+    right = attend_in_blocks(PLAIN, blocks, *tensors, window=window)
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, right, strict=True):
         off = (a.float() - b).norm().item() / b.norm().item()
         if not off < LIMIT:  # written so that NaN fails
@@ -76,9 +95,6 @@ def attend_in_two_steps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention of the last Lq of Lk tokens over all of them, as a ring's two steps do it.
 
-    First their own keys, causally, then those before, merged in fp32; then both steps' gradients.
-    With a window there is only the first step, and the keys before are left out.
-
     Args:
         backend: what computes the blocks.
         q, dout: [B, Lq, Hq, D] and [B, Lq, Hq, Dv].
@@ -86,26 +102,72 @@ def attend_in_two_steps(
         window: as in `BlockForward`.
 
     Returns:
+        As `attend_in_blocks`.
+    """
+    blocks = _one_document(q.shape[1], k.shape[1])
+    return attend_in_blocks(backend, blocks, q, k, v, dout, window=window)
+
+
+def attend_in_blocks(
+    backend: Backend,
+    blocks: Sequence[Block],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    *,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attention in blocks that are merged in fp32, and their gradients, as in a ring.
+
+    With a window there are only the causal blocks, and the keys of the others are left out.
+
+    Args:
+        backend: what computes the blocks.
+        blocks: of these rows; every query is in one at least.
+        q, dout: [B, Lq, Hq, D] and [B, Lq, Hq, Dv]; B = 1 where varlen passes are tried.
+        k, v: [B, Lk, Hkv, D] and [B, Lk, Hkv, Dv].
+        window: as in `BlockForward`.
+
+    Returns:
         out, lse, dq, dk, dv, all fp32 but out, which is rounded to q's dtype as ring attention
         saves it.
     """
-    scale, past = q.shape[-1] ** -0.5, k.shape[1] - q.shape[1]
-    steps = [(slice(past, None), True)] + [(slice(0, past), False)] * (window is None)
+    seen = [block for block in blocks if window is None or block.causal]
+    calls = calls_of(seen, backend, q.device, scale=q.shape[-1] ** -0.5, window=window)
     out = torch.zeros(dout.shape, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
-    for keys, causal in steps:
-        options = {"scale": scale, "causal": causal, "window": window}
-        block_out, block_lse = backend.forward(q, k[:, keys], v[:, keys], **options)
-        out, lse = merge_attention(out, lse, block_out, block_lse)
+    for call in calls:
+        call.merge_forward_(out, lse, q, k, v)
     out = out.to(q.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
-    for keys, causal in steps:
-        options = {"scale": scale, "causal": causal, "window": window}
-        gradients = backend.backward(dout, q, k[:, keys], v[:, keys], out, lse, **options)
-        dq += gradients[0]
-        dk[:, keys] += gradients[1]
-        dv[:, keys] += gradients[2]
+    for call in calls:
+        call.add_backward_(dq, dk, dv, dout, q, k, v, out, lse)
     return out, lse, dq, dk, dv
+
+
+def _one_document(queries: int, keys: int) -> list[Block]:
+    """First the queries' own keys, causally, then those before."""
+    rows, past = slice(0, queries), keys - queries
+    own = Block(q=rows, k=slice(past, keys), causal=True)
+    return [own, Block(q=rows, k=slice(0, past), causal=False)]
+
+
+def documents() -> list[Block]:
+    """The same of several documents in these rows; first those of the first step."""
+    own, past = _spans(OWN_SIZES), _spans(PAST_SIZES)
+    blocks = [
+        Block(q=rows, k=slice(TOKENS + rows.start, TOKENS + rows.stop), causal=True) for rows in own
+    ]
+    return blocks + [
+        Block(q=rows, k=keys, causal=False)
+        for rows, keys in zip(own, past, strict=True)
+        if keys.start < keys.stop
+    ]
+
+
+def _spans(sizes: Sequence[int]) -> list[slice]:
+    return [slice(*span) for span in pairwise(accumulate(sizes, initial=0))]
 
 
 def _random_tensors(kind: Kind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
