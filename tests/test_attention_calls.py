@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import case
+from disagreements import check_told, told_of
 from distributed import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,22 +26,14 @@ def inputs(length=8, heads=3, dtype=torch.float32):
     return [torch.randn(1, length, n, 6, dtype=dtype) for n in (2 * heads, heads, heads)]
 
 
-def refusal(tensors, options, mesh):
-    try:
-        softmax_attention(*tensors, mesh=mesh, **options)
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("nothing was refused")
-
-
 def disagreements(odd_rank):
     """What each rank is told of a first call in which one rank differs; then they are in step."""
-    mesh, told = SPMesh(ring=3), {}
+    mesh = SPMesh(ring=3)
     alike = inputs()
     bounds = {"cu_seqlens": torch.tensor([0, 5, 24], dtype=torch.int32)}
     many = {"cu_seqlens": torch.arange(0, 25, 2, dtype=torch.int32)}
     moved = {"cu_seqlens": many["cu_seqlens"] + (torch.arange(13) == 4)}
-    for name, tensors, options, common in [
+    calls = [
         ("variant", alike, {"variant": "allgather"}, {"variant": "ring"}),
         ("unknown variant", alike, {"variant": "star"}, {}),
         ("L", inputs(length=7), {}, {}),
@@ -56,17 +49,14 @@ def disagreements(odd_rank):
         ("boundaries", alike, {"cu_seqlens": bounds["cu_seqlens"] + 1}, bounds),
         ("other boundaries", alike, {"cu_seqlens": torch.tensor([0, 6, 24])}, bounds),
         ("one of many boundaries", alike, moved, many),
-    ]:
-        mine = (tensors, common | options) if mesh.rank == odd_rank else (alike, common)
-        with case(name):
-            told[name] = refusal(*mine, mesh)
+    ]
+    told = told_of(softmax_attention, alike, calls, mesh, odd_rank)
     for variant in ("ring", "allgather", "auto"):
         with case(f"{variant} afterwards"):
             assert softmax_attention(*alike, mesh=mesh, variant=variant).isfinite().all()
     return told
 
 
-# What the rank that differs cannot do by itself, and says; the others name it and what it said.
 REFUSED = {
     "unknown variant": "variant = 'star' is unknown",
     "shapes": r"shapes q \(8, 6, 6\).* do not fit",
@@ -74,7 +64,6 @@ REFUSED = {
     "backend": "backend = 'cudnn' cannot do this",
     "boundaries": "must rise from 0",
 }
-# What each rank could do by itself: all are told the same.
 DIFFERENT = {
     "variant": "rank {}: softmax_attention.*variant='allgather'",
     "L": r"rank {}: softmax_attention\(q \(1, 7, 6, 6\)",
@@ -91,17 +80,7 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("odd_rank", [0, 2])
 def test_one_rank_that_differs_in_a_first_call_ends_it_on_all(odd_rank, subtests):
-    told = run_ranks(disagreements, 3, odd_rank)
-    assert set(told[0]) == {*REFUSED, *DIFFERENT}
-    for name, match in REFUSED.items():
-        with subtests.test(name):
-            assert re.search(match, told[odd_rank][name])
-            for rank in {0, 1, 2} - {odd_rank}:
-                assert re.search(f"rank {odd_rank}:? refuses: .*{match}", told[rank][name])
-    for name, match in DIFFERENT.items():
-        with subtests.test(name):
-            assert re.search(match.replace("{}", str(odd_rank)), told[0][name])
-            assert told[0][name] == told[1][name] == told[2][name]
+    check_told(disagreements, odd_rank, REFUSED, DIFFERENT, subtests)
 
 
 def questions():

@@ -1,7 +1,6 @@
 """`hybridsp bench softmax`: its counts and its model by hand, its runs through the command line."""
 
 import json
-import math
 import re
 from itertools import pairwise
 from unittest import mock
@@ -14,11 +13,9 @@ from test_bench import ENVIRONMENT, command, commands, told_by_rank_zero
 from hybridsp.bench import report, softmax_report
 from hybridsp.bench.softmax import add_comparisons
 from hybridsp.bench.softmax_cases import Case, Way, chosen_variant, splits
-from hybridsp.bench.softmax_model import Layer
 from hybridsp.bench.softmax_ops import EmulatedRing, Raw, make_inputs
 from hybridsp.bench.softmax_work import Work, balance, count_pairs, document_bounds
 from hybridsp.cli import main
-from hybridsp.collectives.cost import Link
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.reference import naive_attention
 
@@ -104,55 +101,6 @@ def test_one_device_computes_attention(ring, bounds):
 def test_splits():
     assert list(splits(1)) == [(1, 1)]
     assert list(splits(8)) == [(1, 8), (2, 4), (4, 2), (8, 1)]
-
-
-WAYS = [(1, 8, "ring"), (8, 1, "ring"), (4, 2, "ring"), (4, 2, "allgather")]
-
-
-def layer(passes="fwd", latency=0.0, bandwidth=math.inf, rate=1e9):
-    link = Link(latency=latency, bandwidth=bandwidth)
-    return Layer(work=work(0, 100), rate=rate, passes=passes, link=link)
-
-
-def test_the_model_without_messages_is_the_kernel():
-    for passes in ("fwd", "fwd+bwd"):
-        free = layer(passes)
-        for ring, ulysses, variant in WAYS:
-            compute = free.compute_seconds(ring * ulysses)
-            assert free.seconds(ring, ulysses, variant) == pytest.approx(compute)
-        assert free.compute_seconds(1) == work(0, 100).flops(passes) / 1e9
-        assert all(share == pytest.approx(1) for line in free.lines().values() for _, share in line)
-
-
-def test_the_model_without_compute_is_the_messages():
-    """L 100, H 4 and 2 of D 8 in fp32: 3,200 bytes per head and rank."""
-    wire = layer("fwd", bandwidth=1.0, rate=math.inf)
-    head = 100 * 8 * 4
-    relayout = 7 / 8 * (4 + 2 * 2 + 4) * head
-    assert wire.seconds(8, 1, "ring") == pytest.approx(relayout + 7 * 2 * 2 * head)
-    assert wire.seconds(8, 1, "allgather") == pytest.approx(relayout + 7 * 2 * 2 * head)
-    assert wire.seconds(4, 2, "ring") == pytest.approx(relayout + 3 * 2 * 1 * 2 * head)
-    # 4 Ulysses ranks share 2 KV heads, which therefore travel twice.
-    replicated = 7 / 8 * (4 + 2 * 4 + 4) * head
-    assert wire.seconds(2, 4, "ring") == pytest.approx(replicated + 2 * 1 * 4 * head)
-    both = layer("fwd+bwd", bandwidth=1.0, rate=math.inf)
-    around = 7 * 4 * head
-    gradients = 4 * head  # fp32, as the keys are here
-    ring = 2 * relayout + around + 7 * (4 * head + gradients) + gradients
-    assert both.seconds(8, 1, "ring") == pytest.approx(ring)
-    gathered = 2 * (relayout + around) + 7 * gradients
-    assert both.seconds(8, 1, "allgather") == pytest.approx(gathered)
-
-
-def test_the_model_hides_what_is_shorter_than_a_step():
-    """One message is as long as half a step: only the all-to-alls are seen."""
-    step = layer().compute_seconds(8) / 8
-    messages = 2 * 2 * 100 * 8 * 4
-    linked = layer(bandwidth=messages / (step / 2))
-    relayout = 7 / 8 * 12 * 100 * 8 * 4 / linked.link.bandwidth
-    assert linked.seconds(8, 1, "ring") == pytest.approx(8 * step + relayout)
-    # All seven messages are three and a half steps: one of them hides behind the first step.
-    assert linked.seconds(8, 1, "allgather") == pytest.approx(3.5 * step + 7 * step + relayout)
 
 
 def row(method, documents, seconds, rate):
@@ -256,16 +204,20 @@ def test_two_and_four_ranks(tmp_path):
     # 3 query heads over 4 Ulysses ranks do not go.
     packed = ["softmax", "--heads", "3", "--kv-heads", "3", "--head-dim", "8", "--repeats", "1"]
     packed += ["--tokens-per-rank", "16", "--documents", "1,3", "--backends", "plain"]
+    packed += ["--ranks-per-host", "2"]
     packed += ["--check", "--dtype", "fp32", "--out", str(tmp_path / "4")]
     ((*fours,),) = zip(*run_ranks(commands, 4, packed, timeout=90), strict=True)
     told_by_rank_zero(fours, tmp_path / "4")
     record = record_of(tmp_path / "4")
     rings = [(2, 2), (4, 1)]
     expected = {("sp", *ring, v) for ring in rings for v in ("auto", "ring", "allgather")}
-    assert set(ways_of(record)) == expected | {("local", None, None, None)}
+    expected |= {("sp", 4, 1, "double_ring"), ("local", None, None, None)}
+    assert set(ways_of(record)) == expected
     refused = [r for r in record["cases"] if r["reason"]]
-    assert [(r["ring"], r["ulysses"]) for r in refused] == [(1, 4), (1, 4)]
+    kinds = [(r["ring"], r["ulysses"], r["variant"]) for r in refused]
+    assert kinds == 2 * [(1, 4, None), (2, 2, "double_ring")], "with each number of documents"
     assert "3 query heads" in refused[0]["reason"]
+    assert "ranks_per_host = 2 with ring = 2" in refused[1]["reason"]
     for r in record["cases"]:
         assert "times_local" not in r["passes"].get("fwd", {}), "over more ranks it is other work"
         assert (r["chosen_variant"] is None) == (r["variant"] != "auto")
@@ -319,7 +271,12 @@ def test_on_gpus(ranks, tmp_path):
         (["--emulate-ring", "1"], "--emulate-ring 1 is no ring"),
         (["--link", "-3"], "--link -3.0 GB/s"),
         (["--link", "nan"], "--link nan GB/s"),
-        (["--variants", "tree"], "'tree' is unknown: choose from auto, ring, allgather"),
+        (["--host-link", "0"], "--host-link 0.0 GB/s"),
+        (["--ranks-per-host", "1"], "--ranks-per-host 1 is no ring"),
+        (
+            ["--variants", "tree"],
+            "'tree' is unknown: choose from auto, ring, double_ring, allgather",
+        ),
         (["--backends", "triton"], "'triton' is unknown: choose from plain, cudnn"),
     ],
 )

@@ -48,6 +48,23 @@ def straight_home():
         assert not exchange.in_flight
 
 
+def in_halves():
+    """Two rings in one group, each on its own; in a group that does not divide there are none."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size % 2:
+        with pytest.raises(AssertionError, match="rings of unequal size"):
+            RingExchange(dist.group.WORLD, ranks=2)
+        return
+    half = size // 2
+    for shift in range(1, half):
+        exchange = RingExchange(dist.group.WORLD, ranks=half)
+        source = rank // half * half + (rank - shift) % half
+        expected = message(source, shift)
+        exchange.post(pack(message(rank, shift)), length(expected), shift=shift)
+        got = unpack(exchange.wait(), shapes(expected))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def gathered_and_given_back():
     """What every rank holds, unequal in shape, to all; shares of it back, summed."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -107,12 +124,13 @@ def everything():
     packed()
     once_around()
     straight_home()
+    in_halves()
     gathered_and_given_back()
     two_in_flight()
     strided_and_narrow()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ring(ranks):
     run_ranks(everything, ranks)
 

@@ -6,13 +6,9 @@ import random
 import pytest
 from test_layout import drawn_bounds, pairs_between, seen_pairs, skewed_bounds, tokens
 
-from hybridsp.attention.ring_plan import (
-    MAX_GATHERED_BYTES,
-    choose_variant,
-    num_steps,
-    others_shared,
-    step_blocks,
-)
+from hybridsp.attention.ring_choice import MAX_GATHERED_BYTES, choose_variant
+from hybridsp.attention.ring_plan import num_steps, others_shared, step_blocks
+from hybridsp.collectives.ring_links import ONE_HOST
 from hybridsp.layout import ring_layout
 
 
@@ -68,6 +64,7 @@ def chosen(bounds, ring):
         row_bytes=2 * DIM * 2,
         pair_flops=4 * HEADS * DIM,
         causal=True,
+        links=ONE_HOST,
     )
 
 
@@ -84,7 +81,11 @@ def test_long_sequences_go_around(ring):
     assert chosen([0, 2**18], ring) == "ring"
     shared = 2 * MAX_GATHERED_BYTES // (2 * DIM * 2) * ring // (ring - 1)
     free = choose_variant(
-        ring_layout((0, shared), ring), row_bytes=2 * DIM * 2, pair_flops=1, causal=True
+        ring_layout((0, shared), ring),
+        row_bytes=2 * DIM * 2,
+        pair_flops=1,
+        causal=True,
+        links=ONE_HOST,
     )
     assert free == "ring"
 

@@ -16,11 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridsp.attention.ring import RingAttention
-from hybridsp.attention.ring_plan import VARIANTS, RingPlan, choose_variant
+from hybridsp.attention.ring_choice import choose_variant
+from hybridsp.attention.ring_plan import VARIANTS, RingPlan
 from hybridsp.attention.ring_transport import transport_of
 from hybridsp.collectives import heads_to_seq, seq_to_heads
 from hybridsp.collectives.agreement import agree
 from hybridsp.collectives.per_group import per_group
+from hybridsp.collectives.ring_links import ring_links, ring_ranks_per_host
+from hybridsp.collectives.topology import hosts_of
 from hybridsp.layout import Relayout, relayout
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.interfaces import require_one_packed_row
@@ -38,6 +41,7 @@ def softmax_attention(
     scale: float | None = None,
     window: int | None = None,
     variant: str = "auto",
+    ranks_per_host: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention of a sequence cut over the mesh's SP ranks.
@@ -59,7 +63,10 @@ def softmax_attention(
         window: a token sees itself and the window - 1 tokens before it; needs causal and a ring of
             one. None for all.
         variant: how K and V reach the other ranks of the ring: "ring", one neighbour at a time,
-            "allgather", all at once, or "auto", see `ring_plan.choose_variant`.
+            "double_ring", so inside each host while they also travel from host to host,
+            "allgather", all at once, or "auto", see `ring_choice.choose_variant`.
+        ranks_per_host: consecutive ranks of the ring that a double ring takes for a host, a proper
+            divisor of `mesh.ring`; None for what the hosts have.
         backend: of the blocks, see `ops.softmax`; None for the fastest that can.
 
     Returns:
@@ -71,7 +78,7 @@ def softmax_attention(
             is sent. In later calls a refusal (of boundaries) is raised on its rank alone, and the
             others wait for the group's timeout and fail there.
     """
-    call = _Call(q, k, v, causal, scale, window, variant, backend)
+    call = _Call(q, k, v, causal, scale, window, variant, ranks_per_host, backend)
     route, chosen = _admit(call, mesh, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = seq_to_heads(q, k, v, route, mesh.sp_group)
@@ -81,7 +88,10 @@ def softmax_attention(
             row_bytes=k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * q.element_size(),
             pair_flops=2 * q.shape[0] * q.shape[2] * (q.shape[3] + v.shape[3]),
             causal=causal,
+            links=ring_links(mesh),
         )
+    if variant == "double_ring" and ranks_per_host is None:
+        ranks_per_host = _found_ranks_per_host(mesh)
     plan = RingPlan(
         rank=mesh.ring_group.rank(),
         layout=route.layout,
@@ -90,8 +100,9 @@ def softmax_attention(
         scale=scale,
         variant=variant,
         backend=chosen,
+        ranks_per_host=ranks_per_host,
     )
-    out = RingAttention.apply(q, k, v, plan, transport_of(plan, mesh.ring_group))
+    out = RingAttention.apply(q, k, v, plan, transport_of(plan, mesh))
     return heads_to_seq(out, route, mesh.sp_group)
 
 
@@ -105,6 +116,7 @@ class _Call(NamedTuple):
     scale: float | None
     window: int | None
     variant: str
+    ranks_per_host: int | None
     backend: str | None
 
     @property
@@ -124,7 +136,8 @@ class _Call(NamedTuple):
         return (
             f"softmax_attention({tensors}, cu_seqlens {'given' if packed else 'None'}, "
             f"causal={self.causal}, scale={self.scale}, window={self.window}, "
-            f"variant={self.variant!r}, backend={self.backend!r}) on {self.q.device.type}"
+            f"variant={self.variant!r}, ranks_per_host={self.ranks_per_host}, "
+            f"backend={self.backend!r}) on {self.q.device.type}"
         )
 
 
@@ -151,6 +164,8 @@ def _admit(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> tuple[Relayo
         bounds = route.layout.bounds
         agree(mesh.sp_group, f"{kind}, documents {_shown(bounds)}")
         known.add(kind)
+    if call.variant == "double_ring" and call.ranks_per_host is None:
+        _found_ranks_per_host(mesh)  # refuses on every rank alike, before anything is sent
     return route, chosen
 
 
@@ -178,6 +193,26 @@ def _backend(call: _Call, route: Relayout, mesh: SPMesh, *, lengths_vary: bool) 
         )
     window = _reach(call.window, route.total)
     return choose_backend(q, k, v, window=window, name=call.backend, lengths_vary=lengths_vary)
+
+
+def _found_ranks_per_host(mesh: SPMesh) -> int:
+    """Of a double ring on the hosts that there are. Collective where it has not been asked before.
+
+    Raises:
+        ValueError: the ring's ranks lie on their hosts in a way that makes no double ring.
+    """
+    count = ring_ranks_per_host(hosts_of(mesh.sp_group), mesh.ulysses)
+    reason = {
+        None: "hosts do not hold equally many consecutive ranks of every ring",
+        1: "every rank of a ring is alone on its host",
+        mesh.ring: "every ring lies on one host",
+    }.get(count)
+    if count is None or reason is not None:
+        raise ValueError(
+            f"variant = 'double_ring' with ring = {mesh.ring}: {reason}; use 'ring', or 'auto', "
+            "or say with ranks_per_host what shall count as a host"
+        )
+    return count
 
 
 def _reach(window: int | None, total: int) -> int | None:
@@ -209,9 +244,20 @@ def _check_tensors(call: _Call) -> None:
 
 
 def _check_options(call: _Call, mesh: SPMesh) -> None:
-    window = call.window
+    window, count = call.window, call.ranks_per_host
     if call.variant not in VARIANTS:
         raise ValueError(f"variant = {call.variant!r} is unknown; use one of {VARIANTS}")
+    if count is not None and call.variant != "double_ring":
+        raise ValueError(
+            f"ranks_per_host = {count} with variant = {call.variant!r}: only a double ring asks "
+            "for it; use variant = 'double_ring', or None"
+        )
+    if count is not None and (not 1 < count < mesh.ring or mesh.ring % count):
+        raise ValueError(
+            f"ranks_per_host = {count} with ring = {mesh.ring}: a double ring is made of equal "
+            "rings of 2 ranks or more, and of 2 or more of them; use a divisor between 1 and ring, "
+            "or variant = 'ring'"
+        )
     if window is None:
         return
     if window < 1 or not call.causal:

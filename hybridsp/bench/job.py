@@ -7,16 +7,19 @@ the next case. That works between collectives, not inside of them: see `attempt`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from hybridsp.launch import rank_from_environment
 from hybridsp.mesh import SPMesh
 
+C = TypeVar("C")
 T = TypeVar("T")
 
 
@@ -43,6 +46,21 @@ def one_voice() -> Iterator[None]:
         if rank_from_environment().rank == 0:
             raise
         raise SystemExit(2) from error
+
+
+def attempt_each(
+    cases: Iterable[C], work: Callable[[C], T], mesh: SPMesh, *, name: str
+) -> Iterator[tuple[C, T | None, str | None]]:
+    """Every case with what `work(case)` returns, or the reason why it cannot run. Collective.
+
+    Args:
+        cases: one after another, the same on every rank.
+        work: see `attempt`.
+        mesh: the job; its first rank shows the progress.
+        name: of the benchmark.
+    """
+    for case in tqdm(cases, desc=name, unit="case", disable=mesh.rank > 0):
+        yield case, *attempt(partial(work, case), mesh)
 
 
 def attempt(

@@ -18,11 +18,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hybridsp.attention.ring_plan import VARIANTS
 from hybridsp.bench import softmax_check, trace
-from hybridsp.bench.job import attempt, job, one_voice
+from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import add_common, add_layer, names, size, sizes
 from hybridsp.bench.report import (
     environment,
@@ -61,7 +59,7 @@ RINGS_TOLD = (2, 4, 8)
 GIVEN_LINK_LATENCY = 10e-6
 RECORDED = (
     *("heads", "kv_heads", "head_dim", "dtype", "window", "documents", "seed", "passes"),
-    *("tokens_per_rank", "variants", "backends", "emulate_ring", "repeats"),
+    *("tokens_per_rank", "variants", "ranks_per_host", "backends", "emulate_ring", "repeats"),
 )
 
 
@@ -97,11 +95,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also make the block calls of a ring of R on one device, one rank after another",
     )
     parser.add_argument(
+        "--ranks-per-host",
+        type=size,
+        metavar="M",
+        help="consecutive ranks of a ring that a double ring takes for a host; default as they are",
+    )
+    parser.add_argument(
         "--link",
         type=float,
         metavar="GB/S",
         help="between ranks, for the model of other numbers of ranks; default as measured in this "
         "job, and no model in a job of one rank",
+    )
+    parser.add_argument(
+        "--host-link",
+        type=float,
+        metavar="GB/S",
+        help="between ranks of different hosts, for the model; default as measured in this job, or "
+        "as --link, and then the model has no double rings",
     )
     parser.add_argument(
         "--check",
@@ -163,7 +174,7 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[st
         "options": {name: getattr(args, name) for name in RECORDED},
         "cases": rows,
         "balance": balance_rows(args, mesh),
-        "model": model_of(args, ways, rows, link_of(args, mesh)),
+        "model": model_of(args, ways, rows, *links_of(args, mesh)),
         "checks": softmax_check.check_all(ways, work, args.seed, mesh) if args.check else [],
         "traces": traces,
     }
@@ -176,8 +187,8 @@ def measure_cases(
     todo = plan(args, ways)
     longest = max(args.tokens_per_rank)
     rows, traces = [], []
-    for case in tqdm(todo, desc="softmax", unit="case", disable=mesh.rank > 0):
-        times, reason = attempt(partial(_measure, case, args, mesh), mesh)
+    work = partial(_measure, args=args, mesh=mesh)
+    for case, times, reason in attempt_each(todo, work, mesh, name="softmax"):
         rows.append(row_of(case, times or {}, reason))
         if args.trace and reason is None and case.tokens_per_rank == longest:
             traces.append(_trace(case, args, mesh, folder))
@@ -264,18 +275,27 @@ def balance_rows(args: argparse.Namespace, mesh: SPMesh) -> list[dict[str, Any]]
     ]
 
 
-def link_of(args: argparse.Namespace, mesh: SPMesh) -> Link | None:
-    """The link of the model: given, or the slowest kind that this job has. Collective."""
-    if args.link is not None:
-        return Link(latency=GIVEN_LINK_LATENCY, bandwidth=1e9 * args.link)
-    if mesh.world_size == 1:
-        return None
-    links = topology(mesh.sp_group, mesh.device)
-    return links.between or links.within
+def links_of(args: argparse.Namespace, mesh: SPMesh) -> tuple[Link | None, Link | None]:
+    """The links of the model, of one host and between hosts: given, or of this job. Collective.
+
+    None where nobody knows; between hosts: where it is not told apart.
+    """
+    inside, between = (
+        None if rate is None else Link(latency=GIVEN_LINK_LATENCY, bandwidth=1e9 * rate)
+        for rate in (args.link, args.host_link)
+    )
+    if inside is None and mesh.world_size > 1:
+        links = topology(mesh.sp_group, mesh.device)
+        inside, between = links.inner, between or links.between
+    return inside, between
 
 
 def model_of(
-    args: argparse.Namespace, ways: list[Way], rows: list[dict[str, Any]], link: Link | None
+    args: argparse.Namespace,
+    ways: list[Way],
+    rows: list[dict[str, Any]],
+    link: Link | None,
+    host_link: Link | None,
 ) -> dict[str, Any] | None:
     """The cost model of the widest pass at the longest length, if its rate and link are known.
 
@@ -292,7 +312,8 @@ def model_of(
     ]
     if not rates or link is None or args.window is not None:
         return None
-    layer = Layer(work=work_of(args, longest, 1), rate=rates[0], passes=passes, link=link)
+    work = work_of(args, longest, 1)
+    layer = Layer(work=work, rate=rates[0], passes=passes, link=link, host_link=host_link)
     return {
         "passes": passes,
         "tokens_per_rank": longest,
@@ -300,6 +321,8 @@ def model_of(
         "flops_per_second": rates[0],
         "latency_seconds": link.latency,
         "bytes_per_second": link.bandwidth,
+        "host_latency_seconds": None if host_link is None else host_link.latency,
+        "host_bytes_per_second": None if host_link is None else host_link.bandwidth,
         "lines": layer.lines(),
     }
 
@@ -313,5 +336,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.emulate_ring is not None and args.emulate_ring < 2:
         raise ValueError("--emulate-ring 1 is no ring: give 2 ranks or more")
-    if args.link is not None and not 0 < args.link < inf:
-        raise ValueError(f"--link {args.link} GB/s: give a positive, finite bandwidth")
+    if args.ranks_per_host is not None and args.ranks_per_host < 2:
+        raise ValueError("--ranks-per-host 1 is no ring: give 2 ranks or more")
+    for option, rate in (("--link", args.link), ("--host-link", args.host_link)):
+        if rate is not None and not 0 < rate < inf:
+            raise ValueError(f"{option} {rate} GB/s: give a positive, finite bandwidth")

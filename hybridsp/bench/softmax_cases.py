@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from hybridsp.attention.ring_plan import choose_variant
+from hybridsp.attention.ring_choice import choose_variant
 from hybridsp.bench.softmax_ops import EmulatedRing, Inputs, Op, Parallel, Raw, backend_for
 from hybridsp.bench.softmax_work import DTYPES, Work, document_bounds
+from hybridsp.collectives.ring_links import ring_links
 from hybridsp.layout import head_shares, ring_layout
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.softmax import BACKENDS
 
 LOCAL, PARALLEL, EMULATED = "local", "sp", "emulated"
-AUTO = "auto"
+AUTO, DOUBLE = "auto", "double_ring"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Way:
         ring: degree; None for local.
         mesh: of sp; None elsewhere.
         variant: of a ring that is one; None elsewhere.
+        ranks_per_host: of a double ring, if not what the hosts have; None elsewhere.
     """
 
     method: str
@@ -43,6 +45,7 @@ class Way:
     ring: int | None = None
     mesh: SPMesh | None = None
     variant: str | None = None
+    ranks_per_host: int | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -68,8 +71,14 @@ class Way:
             assert self.ring is not None
             return EmulatedRing(inputs, work, self.backend, ring=self.ring)
         assert self.mesh is not None
-        variant = self.variant or AUTO
-        return Parallel(inputs, work, self.backend, variant=variant, mesh=self.mesh)
+        return Parallel(
+            inputs,
+            work,
+            self.backend,
+            variant=self.variant or AUTO,
+            ranks_per_host=self.ranks_per_host,
+            mesh=self.mesh,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +117,14 @@ def all_ways(args: argparse.Namespace, mesh: SPMesh) -> list[Way]:
     local = args.backends or [b for b in BACKENDS if b != "plain" or default == "plain"]
     ways = [Way(method=LOCAL, backend=name) for name in local]
     ways += [
-        Way(method=PARALLEL, backend=backend, ring=split.ring, mesh=split, variant=variant)
+        Way(
+            method=PARALLEL,
+            backend=backend,
+            ring=split.ring,
+            mesh=split,
+            variant=variant,
+            ranks_per_host=args.ranks_per_host if variant == DOUBLE else None,
+        )
         for split in meshes
         for variant in (args.variants if split.ring > 1 else (None,))
         for backend in parallel
@@ -156,4 +172,5 @@ def chosen_variant(case: Case) -> str | None:
         row_bytes=len(share.kv) * 2 * work.head_dim * work.dtype.itemsize,
         pair_flops=len(share.q) * 4 * work.head_dim,
         causal=True,
+        links=ring_links(mesh),
     )

@@ -2,16 +2,20 @@
 
 P = R x U ranks with L tokens each attend to T = P L. A rank's kernel runs at the rate that was
 measured on one device, and messages take latency + bytes / bandwidth of one link, the same between
-all ranks. Per layer, forward:
+all ranks, or of another one where they leave a host. Per layer, forward:
 
     all-to-all   q, k, v on the way in and o on the way out, (P - 1) / P of each; nothing hides it
     ring         R steps of equal work; in all but the last one the next K and V travel meanwhile:
-                 (R - 1) max(step, message) + step
-    allgather    R - 1 messages' bytes at once, behind the first step: max(step, gather) + the rest
+                 (R - 1) max(step, message) + step; over hosts the slowest message counts
+    double ring  M ranks on each of N hosts: (N - 1) max(round, message between hosts) + round, with
+                 round = (M - 1) max(step, message) + step
+    allgather    R - 1 messages' bytes at once, behind the first step: max(step, gather) + the rest;
+                 over hosts each of M ranks brings an M-th part of what comes from other hosts
 
 The backward has 2.5 times the work, the same all-to-alls in the opposite direction, K and V once
-more, and the gradients of K and V in fp32: in a ring beside K and V, the last ones alone; of an
-all-gather behind everything. This is a model: no congestion, no launches, no imbalance.
+more, and the gradients of K and V in fp32: in a ring beside K and V, the last ones alone (a double
+ring's once in the host and once between hosts); of an all-gather behind everything. This is a
+model: no congestion, no launches, no imbalance, and a network card for every rank.
 """
 
 from __future__ import annotations
@@ -34,13 +38,15 @@ class Layer:
         work: heads, head dim and dtype; its tokens are one rank's.
         rate: FLOP/s of the kernel in these passes.
         passes: "fwd" or "fwd+bwd".
-        link: between any two ranks.
+        link: between any two ranks, or those of a host.
+        host_link: between ranks of different hosts; None where they are not told apart.
     """
 
     work: Work
     rate: float
     passes: str
     link: Link
+    host_link: Link | None = None
 
     def lines(self) -> dict[str, list[tuple[int, float]]]:
         """(P, fraction of the kernel's rate) of each way to use P ranks, by its label."""
@@ -53,13 +59,16 @@ class Layer:
                 f"allgather, {host}": (*usp, "allgather"),
                 "ring, U = 1": (ranks, 1, "ring"),
             }
+            if self.host_link is not None:
+                ways[f"double ring, {host}"] = (*usp, "double_ring")
+                ways["double ring, U = 1"] = (ranks, 1, "double_ring")
             for label, way in ways.items():
                 fraction = self.compute_seconds(ranks) / self.seconds(*way)
                 lines.setdefault(label, []).append((ranks, fraction))
         return lines
 
     def seconds(self, ring: int, ulysses: int, variant: str) -> float:
-        """What the module's text says. `variant` is "ring" or "allgather"."""
+        """What the module's text says. `variant` is never "auto"."""
         forward = self.compute_seconds(ring * ulysses) / FORWARDS[self.passes]
         total = self._attention(forward, ring, ulysses, variant)
         total += self._relayout(ring * ulysses, ulysses)
@@ -81,15 +90,32 @@ class Layer:
     ) -> float:
         if ring == 1:
             return compute
-        step = compute / ring
-        elements = self._kv_elements(ulysses)
+        step, elements = compute / ring, self._kv_elements(ulysses)
         keys, gradients = elements * self.work.dtype.itemsize, is_backward * elements * 4
+        places = min(ring, max(1, RANKS_PER_HOST // ulysses))
         if variant == "allgather":
-            gather = max(step, self.link.seconds((ring - 1) * keys))
-            give_back = self.link.seconds((ring - 1) * gradients) if is_backward else 0.0
+            gather = max(step, self._gather(keys, ring, places))
+            give_back = self._gather(gradients, ring, places) if is_backward else 0.0
             return gather + (ring - 1) * step + give_back
-        last = self.link.seconds(gradients) if is_backward else 0.0
-        return (ring - 1) * max(step, self.link.seconds(keys + gradients)) + step + last
+        moving = keys + gradients
+        if variant == "double_ring" and 1 < places < ring:
+            near, far = self.link, self._link_of(True)
+            around = (places - 1) * max(step, near.seconds(moving)) + step
+            last = near.seconds(gradients) + far.seconds(gradients) if is_backward else 0.0
+            return (ring // places - 1) * max(around, far.seconds(moving)) + around + last
+        link = self._link_of(ring > places)
+        last = link.seconds(gradients) if is_backward else 0.0
+        return (ring - 1) * max(step, link.seconds(moving)) + step + last
+
+    def _gather(self, share: float, ring: int, places: int) -> float:
+        """Every rank's share to all ranks of a ring, so many of them to a host, or back."""
+        inside = self.link.seconds((ring - 1) * share)
+        if ring == places or self.host_link is None:
+            return inside
+        return max(inside, self.host_link.seconds((ring - places) / places * share))
+
+    def _link_of(self, leaves_the_host: bool) -> Link:
+        return self.host_link or self.link if leaves_the_host else self.link
 
     def _kv_elements(self, ulysses: int) -> int:
         """Of the keys and values that a rank holds in attention: U ranks' tokens, some heads."""
@@ -102,6 +128,6 @@ class Layer:
             return 0.0
         per_head = self.work.tokens * self.work.head_dim * self.work.dtype.itemsize
         kv_heads = max(self.work.kv_heads, ulysses)
-        away = (ranks - 1) / ranks
-        way_in = self.link.seconds(away * per_head * (self.work.heads + 2 * kv_heads))
-        return way_in + self.link.seconds(away * per_head * self.work.heads)
+        away, link = (ranks - 1) / ranks, self._link_of(ranks > RANKS_PER_HOST)
+        way_in = link.seconds(away * per_head * (self.work.heads + 2 * kv_heads))
+        return way_in + link.seconds(away * per_head * self.work.heads)

@@ -124,12 +124,19 @@ class Parallel:
     Args:
         inputs: this rank's share of the work's tokens.
         work: the whole sequence's.
-        backend, variant: as in `softmax_attention`.
+        backend, variant, ranks_per_host: as in `softmax_attention`.
         mesh: its SP degree is the world.
     """
 
     def __init__(
-        self, inputs: Inputs, work: Work, backend: str, *, variant: str, mesh: SPMesh
+        self,
+        inputs: Inputs,
+        work: Work,
+        backend: str,
+        *,
+        variant: str,
+        ranks_per_host: int | None,
+        mesh: SPMesh,
     ) -> None:
         self._leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
         self._dout = inputs.dout
@@ -139,6 +146,7 @@ class Parallel:
             "cu_seqlens": torch.tensor(work.bounds, dtype=torch.int32) if packed else None,
             "window": work.window,
             "variant": variant,
+            "ranks_per_host": ranks_per_host,
             "backend": backend,
         }
 
@@ -173,7 +181,9 @@ class EmulatedRing:
     def __init__(self, inputs: Inputs, work: Work, backend: str, *, ring: int) -> None:
         if work.window is not None:
             raise ValueError(f"window = {work.window} with a ring of {ring}: a ring has no window")
-        chosen, layout = backend_for(inputs, None, backend), ring_layout(work.bounds, ring)
+        packed = len(work.bounds) > 2
+        chosen = backend_for(inputs, None, backend, packed=packed)
+        layout = ring_layout(work.bounds, ring)
         device = inputs.q.device
         self._positions = [_index(spans, device) for spans in layout.spans]
         self._ranks = [inputs.rows(positions) for positions in self._positions]
@@ -257,8 +267,10 @@ class OneDevice:
                 add(whole, self._rows, share)
 
 
-def backend_for(inputs: Inputs, window: int | None, name: str | None) -> Backend:
-    """The backend of that name, or the one that the layer would choose.
+def backend_for(
+    inputs: Inputs, window: int | None, name: str | None, *, packed: bool = False
+) -> Backend:
+    """The backend of that name, or the one that the layer would choose for `packed` documents.
 
     Raises:
         ValueError: the backend cannot do these; says no more than why.
@@ -267,7 +279,7 @@ def backend_for(inputs: Inputs, window: int | None, name: str | None) -> Backend
     reason = None if name is None else why_not(name, q, k, v, window)
     if reason is not None:
         raise ValueError(reason)
-    return choose_backend(q, k, v, window=window, name=name)
+    return choose_backend(q, k, v, window=window, name=name, lengths_vary=packed)
 
 
 def _index(spans: Iterable[tuple[int, int]], device: torch.device) -> Tensor:

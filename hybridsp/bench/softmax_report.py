@@ -107,11 +107,13 @@ def describe(record: dict[str, Any], folder: Path) -> str:
 
 def _told_model(model: dict[str, Any]) -> list[str]:
     """The model's lines as a table."""
+    between = model["host_bytes_per_second"]
+    hosts = "" if between is None else f", {between / 1e9:,.3g} GB/s between hosts"
     title = (
         f"model, not measured: % of the kernel's rate at P ranks, {model['passes']}, one document, "
         f"{human_bytes(model['tokens_per_rank'])} tokens per rank; kernel "
         f"{model['flops_per_second'] / 1e12:,.3g} TFLOP/s, link "
-        f"{model['bytes_per_second'] / 1e9:,.3g} GB/s"
+        f"{model['bytes_per_second'] / 1e9:,.3g} GB/s{hosts}"
     )
     lines = model["lines"]
     ranks = [str(ranks) for ranks, _ in next(iter(lines.values()))]

@@ -2,8 +2,9 @@
 
 Each rank sends to its right neighbour and receives from its left one, or, where a message has an
 owner further away, straight to a rank some places off: every rank sends equally far, so it stays
-one message each way. What has come may be computed with and sent on at the same time: both only
-read it. The message's buffers are kept until it has arrived, so the caller may drop its own.
+one message each way. A group may be cut in several rings of consecutive ranks, say one per host,
+which then all do so at once. What has come may be computed with and sent on at the same time: both
+only read it. The message's buffers are kept until it has arrived, so the caller may drop its own.
 
 NCCL knows no tags and matches messages by their order, gloo by tag and order: so all ranks post in
 the same order, whatever is in flight.
@@ -21,10 +22,14 @@ class RingExchange:
     Args:
         group: the ring, of two ranks or more.
         tag: tells exchanges apart that are in flight at once on one group.
+        ranks: of a ring, which divides the group's; the group then is several rings of consecutive
+            ranks. None for one ring.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, tag: int = 0) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, tag: int = 0, ranks: int | None = None) -> None:
         self._group, self._tag = group, tag
+        self._size = group.size() if ranks is None else ranks
+        assert group.size() % self._size == 0, "rings of unequal size"
         self._handles: list[dist.Work] = []
         self._buffers: tuple[Tensor, Tensor] | None = None
 
@@ -39,13 +44,14 @@ class RingExchange:
         Args:
             message: [N], goes to rank r + shift; not to be written to until it has arrived.
             incoming: elements of what comes from rank r - shift, in the same dtype.
-            shift: places to the right, the same on every rank, not back to the sender; negative
-                ones are to the left.
+            shift: places to the right in the ring, the same on every rank, not back to the sender;
+                negative ones are to the left.
         """
         assert self._buffers is None, "post called twice without wait"
-        size = self._group.size()
-        assert shift % size, "a message to oneself"
-        target, source = (self._group.rank() + shift) % size, (self._group.rank() - shift) % size
+        assert shift % self._size, "a message to oneself"
+        place = self._group.rank() % self._size
+        first = self._group.rank() - place
+        target, source = (first + (place + hop) % self._size for hop in (shift, -shift))
         received = message.new_empty(incoming)
         operations = [
             dist.P2POp(dist.isend, message, None, self._group, self._tag, target),

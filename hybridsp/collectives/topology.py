@@ -65,6 +65,12 @@ def host_identity() -> str:
     return f"{socket.gethostname()} {boot}"
 
 
+@per_group
+def hosts_of(group: dist.ProcessGroup) -> list[str]:
+    """The host of each rank, in rank order. Collective where it has not been asked before."""
+    return gather_objects(host_identity(), group)
+
+
 def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
     """Every rank's value, in rank order. Pickled, so for what is found out once, not for tensors.
 
@@ -84,14 +90,14 @@ def consecutive_ranks(hosts: list[str]) -> int | None:
 
 
 def _measure(group: dist.ProcessGroup, device: torch.device) -> Topology:
-    hosts = gather_objects(host_identity(), group)
+    hosts = hosts_of(group)
     line, ranks = Line.whole(group), group.size()
     near = [a == b for a, b in pairwise(hosts)]
     far = [not is_near for is_near in near]
-    within = _link(lambda x: _shift(x, line, near), 1, device, group)
-    between = _link(lambda x: _shift(x, line, far), 1, device, group)
+    within = measure_link(lambda x: _shift(x, line, near), 1, device, group)
+    between = measure_link(lambda x: _shift(x, line, far), 1, device, group)
     # Each rank sends a share of the bytes, so that the probe stays small on many ranks.
-    gathered = _link(lambda x: _gather_once(x, group), ranks, device, group)
+    gathered = measure_link(lambda x: gather_once(x, group), ranks, device, group)
     return Topology(
         ranks_per_host=consecutive_ranks(hosts),
         within=within if any(near) else None,
@@ -100,10 +106,21 @@ def _measure(group: dist.ProcessGroup, device: torch.device) -> Topology:
     )
 
 
-def _link(
+def measure_link(
     send: Callable[[Tensor], None], shares: int, device: torch.device, group: dist.ProcessGroup
 ) -> Link:
-    """The link that explains how long the slowest rank takes for a small and a large message."""
+    """The link that explains how long the slowest rank takes for a small and a large message.
+
+    Args:
+        send: passes a message on and receives as much, `shares` - 1 times as much if that is
+            greater; the group's ranks call it together.
+        shares: each rank sends one of so many, so that all together stay small.
+        device: where the messages are.
+        group: whose slowest rank counts.
+
+    Returns:
+        The same on every rank.
+    """
     sizes = [max(size // shares, 1) for size in (SMALL_BYTES, LARGE_BYTES[device.type])]
     mine = [_seconds(send, torch.zeros(size, dtype=torch.uint8, device=device)) for size in sizes]
     small, large = (max(times) for times in zip(*gather_objects(mine, group), strict=True))
@@ -144,5 +161,6 @@ def _shift(message: Tensor, line: Line, links: list[bool]) -> None:
         handle.wait()
 
 
-def _gather_once(message: Tensor, group: dist.ProcessGroup) -> None:
+def gather_once(message: Tensor, group: dist.ProcessGroup) -> None:
+    """Every rank's message to all."""
     all_gather(message.new_empty(group.size() * message.numel()), message, group=group)
