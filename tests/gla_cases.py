@@ -1,7 +1,8 @@
 """Cases of gated linear attention for any backend: inputs, exact results, errors.
 
 Every row of a batch has its own kind of gates, because kernels that split 2^(a - b) into
-2^a * 2^-b fail only where gates are strong, or weak beside strong ones. Errors are per row.
+2^a * 2^-b fail only where gates are strong, or weak beside strong ones; they are harder than those
+of `hybridsp bench linear --check`, whose oracle and norm these are. Errors are per row.
 """
 
 from collections.abc import Sequence
@@ -11,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hybridsp.bench import linear_check
+from hybridsp.bench.linear_check import RESULTS, relative_error
 from hybridsp.ops.gla.contract import segment_ids
-from hybridsp.ops.reference import naive_gla
 
-RESULTS = ("o", "final state", "dq", "dk", "dv", "dg", "dstate")
 SCALE = 0.3
 GATES = {
     "mild": F.logsigmoid,
     "strong": lambda logits: 20 * F.logsigmoid(logits),
     "mixed": lambda logits: torch.where(logits > 1.28, -100.0, -0.01 * logits.sigmoid()),
     "shut": lambda logits: torch.where(logits > 2, -1e4, F.logsigmoid(logits) / 16),
-    "open": torch.zeros_like,
+    "open": linear_check.all_at_one,
     # Half a chunk, 32 tokens, keeps 2^-80 or so: on either side of `intra.LIMIT`.
     "limit": lambda logits: -1.729 + 0.01 * logits.clamp(-4, 4),
 }
@@ -87,16 +88,14 @@ def make_inputs(
 
 def exact_results(inputs: Inputs) -> dict[str, Tensor]:
     """RESULTS of the recurrence, token by token in fp64."""
-    tokens = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.g)]
-    batch, _, heads, key_dim = inputs.q.shape
-    nothing = inputs.q.new_zeros(batch, heads, key_dim, inputs.v.shape[-1])
-    state, dfinal = (nothing if x is None else x for x in (inputs.state, inputs.dfinal))
-    leaves = [*tokens, state.double().requires_grad_()]
-    outs = naive_gla(*tokens, scale=SCALE, cu_seqlens=inputs.bounds, initial_state=leaves[-1])
-    grads = torch.autograd.grad(
-        outs, leaves, [inputs.dout.double(), dfinal.double()], materialize_grads=True
+    return linear_check.exact_results(
+        (inputs.q, inputs.k, inputs.v, inputs.g),
+        inputs.dout,
+        scale=SCALE,
+        state=inputs.state,
+        dfinal=inputs.dfinal,
+        bounds=inputs.bounds,
     )
-    return named(*(x.detach() for x in outs), *grads)
 
 
 def named(*results: Tensor) -> dict[str, Tensor]:
@@ -109,7 +108,5 @@ def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, list[f
     found = {}
     for name, right in exact.items():
         assert got[name].shape == right.shape, name
-        norm = right.flatten(1).norm(dim=1)
-        error = (got[name].double() - right).flatten(1).norm(dim=1)
-        found[name] = (error / torch.where(norm > 0, norm, 1.0)).tolist()
+        found[name] = [relative_error(*row) for row in zip(got[name], right, strict=True)]
     return found

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from cases import case
+from disagreements import check_told, told_of
 from distributed import run_ranks
 from sp_cases import DOCUMENTS, TOTAL, Case, check, check_bf16
 
@@ -199,23 +200,15 @@ def test_what_does_not_fit_is_refused():
     run_ranks(misfits, 2)
 
 
-def refusal(inputs, options, mesh):
-    try:
-        linear_attention(*inputs, mesh=mesh, **options)
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("nothing was refused")
-
-
 def disagreements(odd_rank):
     """What each rank is told of a first call in which one rank differs; then they are in step."""
-    mesh, told = SPMesh(ring=3), {}
+    mesh = SPMesh(ring=3)
     q, k, v, g = gla_inputs(1, "vector", total=8, heads=3)
     bounds = {"cu_seqlens": torch.tensor([0, 5, 24], dtype=torch.int32)}
     short = [x[:, :7] for x in (q, k, v, g)]
     one_head = [x[:, :, :2] for x in (q, k, v, g)]
     alike = q, k, v, g
-    for name, inputs, options, common in [
+    calls = [
         ("g", (q, k, v, -g), {}, {}),
         ("shapes of g", (q, k, v, g[..., :1]), {}, {}),
         ("heads", one_head, {}, {}),
@@ -232,17 +225,14 @@ def disagreements(odd_rank):
         ("heads, ulysses", one_head, {}, {"method": "ulysses"}),
         ("dtype of g, ulysses", (q, k, v, g.double()), {}, {"method": "ulysses"}),
         ("no ulysses", alike, {"method": "zeco"}, {"method": "ulysses"}),
-    ]:
-        mine = (inputs, common | options) if mesh.rank == odd_rank else (alike, common)
-        with case(name):
-            told[name] = refusal(*mine, mesh)
+    ]
+    told = told_of(linear_attention, alike, calls, mesh, odd_rank)
     for method in METHODS:
         with case(f"{method} afterwards"):
             assert linear_attention(*alike, mesh=mesh, method=method).isfinite().all()
     return told
 
 
-# What the rank that differs cannot do by itself, and says; the others name it and what it said.
 REFUSED = {
     "g": r"g lies in \[.*\]: a log decay",
     "unknown method": "method = 'usp' is unknown",
@@ -251,7 +241,6 @@ REFUSED = {
     "L, documents": "must rise from 0",
     "heads, ulysses": "H = 2 heads over P = 3 ranks",
 }
-# What each rank could do by itself: all are told the same.
 DIFFERENT = {
     "shapes of g": r"rank {}: [^;]*g \(1, L, 3, 1\) float32",
     "heads": r"rank {}: linear_attention\(q \(1, L, 2, 6\)",
@@ -268,17 +257,7 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("odd_rank", [0, 2])
 def test_one_rank_that_differs_in_a_first_call_ends_it_on_all(odd_rank, subtests):
-    told = run_ranks(disagreements, 3, odd_rank)
-    assert set(told[0]) == {*REFUSED, *DIFFERENT}
-    for name, match in REFUSED.items():
-        with subtests.test(name):
-            assert re.search(match, told[odd_rank][name])
-            for rank in {0, 1, 2} - {odd_rank}:
-                assert re.search(f"rank {odd_rank}:? refuses: .*{match}", told[rank][name])
-    for name, match in DIFFERENT.items():
-        with subtests.test(name):
-            assert re.search(match.replace("{}", str(odd_rank)), told[0][name])
-            assert told[0][name] == told[1][name] == told[2][name]
+    check_told(disagreements, odd_rank, REFUSED, DIFFERENT, subtests)
 
 
 def questions():

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -224,7 +224,7 @@ def short_convolution(
     return causal_conv(x, weight, bias, activation=activation, offsets=offsets, left_context=halo)
 
 
-class _Kind(NamedTuple):
+def _kind(tokens: Tokens, packed: bool, method: str, algorithm: str) -> str:
     """What must be the same on every rank, or the ranks' messages would not match.
 
     L is here only under ulysses, whose messages are made of tokens. A state is as large whatever L
@@ -233,49 +233,23 @@ class _Kind(NamedTuple):
     (Lengths that were all agreed on before and now differ between ranks are not noticed.)
     """
 
-    method: str
-    algorithm: str
-    backend: str | None
-    scale: float
-    packed: bool
-    device: str
-    shapes: tuple[tuple[int | str, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
+    def shown(x: Tensor) -> str:
+        sizes = [str(size) for size in x.shape]
+        if method != "ulysses":
+            sizes[1:2] = ["L"]
+        return f"({', '.join(sizes)}) {str(x.dtype).removeprefix('torch.')}"
 
-    def described(self, chosen: Backend) -> str:
-        tensors = ", ".join(
-            f"{name} {tuple(shape)} {str(dtype).removeprefix('torch.')}".replace("'", "")
-            for name, shape, dtype in zip("qkvg", self.shapes, self.dtypes, strict=True)
-        )
-        return (
-            f"linear_attention({tensors}, cu_seqlens {'given' if self.packed else 'None'}, "
-            f"scale={self.scale}, method={self.method!r}, algorithm={self.algorithm!r}, "
-            f"backend={chosen.name!r}) on {self.device}"
-        )
-
-
-def _kind_of(
-    tokens: Tokens, packed: bool, method: str, algorithm: str, backend: str | None
-) -> _Kind:
-    tensors = tokens.q, tokens.k, tokens.v, tokens.g
-    shapes: list[tuple[int | str, ...]] = [tuple(x.shape) for x in tensors]
-    if method != "ulysses":
-        shapes = [(*shape[:1], "L", *shape[2:]) for shape in shapes]
-    return _Kind(
-        method=method,
-        algorithm=algorithm,
-        backend=backend,
-        scale=tokens.scale,
-        packed=packed,
-        device=tokens.q.device.type,
-        shapes=tuple(shapes),
-        dtypes=tuple(x.dtype for x in tensors),
+    tensors = ", ".join(f"{name} {shown(getattr(tokens, name))}" for name in "qkvg")
+    return (
+        f"linear_attention({tensors}, cu_seqlens {'given' if packed else 'None'}, "
+        f"scale={tokens.scale}, method={method!r}, algorithm={algorithm!r}) "
+        f"on {tokens.q.device.type}"
     )
 
 
 @per_group
-def _agreed(_group: dist.ProcessGroup) -> set[_Kind]:
-    """The kinds of call that every rank of the group has made."""
+def _agreed(_group: dist.ProcessGroup) -> set[tuple[str, str | None]]:
+    """The kinds of call that every rank of the group has made, and the backends asked for."""
     return set()
 
 
@@ -288,8 +262,9 @@ def _admit(
     backend: str | None,
 ) -> Backend:
     """The backend of a call against which nothing speaks, on any rank if its kind is new."""
-    kind = _kind_of(tokens, cu_seqlens is not None, method, algorithm, backend)
+    kind = _kind(tokens, cu_seqlens is not None, method, algorithm)
     known = _agreed(mesh.sp_group)
+    is_new = (kind, backend) not in known
     try:
         check_tokens(tokens)
         _check_method(method, algorithm, tokens.q.shape[2], mesh.sp)
@@ -297,12 +272,12 @@ def _admit(
         if cu_seqlens is not None:
             require_one_packed_row(tokens.q, cu_seqlens, tokens.q.shape[1] * mesh.sp)
     except ValueError as error:
-        if kind not in known:
+        if is_new:
             agree(mesh.sp_group, "linear_attention", refusal=str(error))  # tells all, and raises
         raise
-    if kind not in known:
-        agree(mesh.sp_group, kind.described(chosen))
-        known.add(kind)
+    if is_new:
+        agree(mesh.sp_group, f"{kind} by backend {chosen.name!r}")
+        known.add((kind, backend))
     return chosen
 
 

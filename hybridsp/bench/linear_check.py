@@ -2,12 +2,14 @@
 
 One token at a time, in fp64, on the same inputs as the op (rounded to its dtype first, so only the
 op's own rounding counts). Gates are of four kinds, because kernels that split exp(a - b) into
-exp(a) * exp(-b) fail only where gates are strong or weak beside strong ones.
+exp(a) * exp(-b) fail only where gates are strong or weak beside strong ones. `exact_results` and
+`relative_error` are what the tests of the kernels go by too.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +34,7 @@ TOKENS = 256
 # A naive recurrence of every head of a large layer takes long and says no more.
 MOST_HEADS = 2
 TENSORS = ("o", "dq", "dk", "dv", "dg")
+RESULTS = ("o", "final state", "dq", "dk", "dv", "dg", "dstate")
 TITLE = (
     "error against the naive fp64 recurrence, |x - exact| / |exact|, a state enters "
     f"(at most {TOKENS} tokens and {MOST_HEADS} heads)"
@@ -80,7 +83,8 @@ def check_all(args: argparse.Namespace, mesh: SPMesh) -> list[dict[str, Any]]:
     rows = []
     for gates in tqdm(GATES, desc="check", unit="gates", disable=mesh.rank > 0):
         inputs = inputs_with(shape, gates, mesh.device)
-        exact = exact_results(inputs)
+        scale = args.key_dim**-0.5
+        exact = exact_results(inputs.leaves, inputs.dout, scale=scale, state=inputs.state)
         for backend in args.backends:
             work = partial(check, backend, inputs, exact)
             errors, reason = attempt(work, mesh, foreign=backend == FLA)
@@ -114,17 +118,35 @@ def check(backend: str, inputs: Inputs, exact: dict[str, Tensor]) -> dict[str, f
     }
 
 
-def exact_results(inputs: Inputs) -> dict[str, Tensor]:
-    """Output and gradients of the naive recurrence in fp64."""
-    q, k, v, g = (x.detach().double().requires_grad_() for x in inputs.leaves)
-    wide = Inputs(q=q, k=k, v=v, g=g, state=inputs.state.double(), dout=inputs.dout.double())
+def exact_results(
+    tokens: Sequence[Tensor],
+    dout: Tensor,
+    *,
+    scale: float,
+    state: Tensor | None = None,
+    dfinal: Tensor | None = None,
+    bounds: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
+    """RESULTS of the naive recurrence, one token at a time in fp64.
 
-    def naive(x: Inputs) -> Tensor:
-        return naive_gla(x.q, x.k, x.v, x.g, scale=x.q.shape[-1] ** -0.5, initial_state=x.state)[0]
-
-    out = naive(wide)
-    gradients = torch.autograd.grad(out, wide.leaves, wide.dout)
-    return dict(zip(TENSORS, (out.detach(), *gradients), strict=True))
+    Args:
+        tokens: q, k, v, g as `naive_gla` takes them.
+        dout: gradient of o [B, L, H, V].
+        scale: factor on q.
+        state: that enters [B, H, K, V]; None for zero.
+        dfinal: gradient of the last state [B, H, K, V]; None for zero.
+        bounds: of packed documents, rising from 0 to L; None for one per row.
+    """
+    q, _, v, _ = tokens
+    nothing = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    state, dfinal = (nothing if x is None else x for x in (state, dfinal))
+    leaves = [x.detach().double().requires_grad_() for x in (*tokens, state)]
+    outs = naive_gla(*leaves[:4], scale=scale, cu_seqlens=bounds, initial_state=leaves[4])
+    # A state that enters an empty first document reaches nothing.
+    grads = torch.autograd.grad(
+        outs, leaves, [dout.double(), dfinal.double()], materialize_grads=True
+    )
+    return dict(zip(RESULTS, (*(x.detach() for x in outs), *grads), strict=True))
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
