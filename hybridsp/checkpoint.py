@@ -137,14 +137,7 @@ def export_pretrained(
         ValueError: the files cannot be written.
     """
     final = Path(output_dir)
-    has_adapters = getattr(engine.module, "_hf_peft_config_loaded", False)
-    if engine.zero_optimization_stage() == 3:
-        # Frozen weights are those of the base model: nobody has to gather them.
-        weights = engine._zero3_consolidated_16bit_state_dict(
-            exclude_frozen_parameters=has_adapters
-        )
-    else:
-        weights = engine.module.state_dict()
+    weights = gathered_weights(engine)
 
     def write() -> None:
         with appear_at_once(final) as folder:
@@ -154,6 +147,19 @@ def export_pretrained(
 
     mesh.on_rank_zero(write)
     return final
+
+
+def gathered_weights(engine: Any) -> dict[str, Any] | None:
+    """The weights to save, on rank 0, where ZeRO-3 has cut them. Collective over the world.
+
+    None where they are not cut: the module has them. Of a model with adapters (`peft`) they are
+    those that were trained.
+    """
+    if engine.zero_optimization_stage() != 3:
+        return None
+    # Frozen weights are those of the base model: nobody has to gather them.
+    adapters = getattr(engine.module, "_hf_peft_config_loaded", False)
+    return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters)
 
 
 def _prepare(root: Path, step: int, client_state: dict[str, Any], keep: int) -> Path:
@@ -373,4 +379,4 @@ def _restore_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-__all__ = ["export_pretrained", "load_checkpoint", "save_checkpoint"]
+__all__ = ["export_pretrained", "gathered_weights", "load_checkpoint", "save_checkpoint"]

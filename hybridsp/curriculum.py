@@ -114,8 +114,7 @@ def enter_stage(engine: Any, stage: Stage) -> None:
     engine.micro_steps = 0
     token_mean.gradient_factor *= accumulation / token_mean.micro_batches
     token_mean.micro_batches = accumulation
-    if stage.rope_parameters is not None:
-        set_rope(model, stage.rope_parameters, stage.seq_length)
+    set_rope(model, stage.rope_parameters, stage.seq_length)
 
 
 def scale_rate(engine: Any, stage: Stage) -> float:
@@ -128,19 +127,23 @@ def scale_rate(engine: Any, stage: Stage) -> float:
     return engine.get_lr()[0]
 
 
-def set_rope(model: PreTrainedModel, parameters: dict[str, Any], seq_length: int) -> None:
+def set_rope(model: PreTrainedModel, parameters: dict[str, Any] | None, seq_length: int) -> None:
     """Change how a model rotates queries and keys, in place and in its config.
 
     Args:
-        model: on any device.
-        parameters: complete `rope_parameters`, as `plan_stages` makes them.
+        model: on any device, with RoPE or without.
+        parameters: complete `rope_parameters`, as `plan_stages` makes them; None for those it has.
         seq_length: tokens per sequence from now on; `max_position_embeddings` grows to it.
     """
     rotary = _rotary_embeddings(model)
     configs = {id(part.config): part.config for part in (model, *rotary)}
+    if parameters is None and model.config.max_position_embeddings >= seq_length:
+        return
     for config in configs.values():
-        config.rope_parameters = dict(parameters)
+        if parameters is not None:
+            config.rope_parameters = dict(parameters)
         config.max_position_embeddings = max(config.max_position_embeddings, seq_length)
+    # Also where only the length grew: some kinds of RoPE make their factor of it.
     for module in rotary:
         # A new one knows everything that follows from the config. The old one stays where it is,
         # because DeepSpeed has hooked it.

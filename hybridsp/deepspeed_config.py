@@ -102,13 +102,35 @@ def _scheduler(recipe: Recipe) -> dict[str, Any]:
     return {"type": "WarmupCosineLR", **cosine, **warmup}
 
 
+def prefer_torch_adam(config: dict[str, Any]) -> bool:
+    """Let an Adam be PyTorch's, which needs no compiler, where the configuration says nothing.
+
+    Returns:
+        Whether the optimizer is PyTorch's Adam.
+    """
+    optimizer = config.get("optimizer", {})
+    if str(optimizer.get("type")).lower() not in ("adam", "adamw"):
+        return False
+    return bool(optimizer.setdefault("params", {}).setdefault("torch_adam", True))
+
+
+def skip_inference_op() -> None:
+    """Keep DeepSpeed on a CPU from compiling an op when it first communicates.
+
+    Only its inference uses it, and compiling takes minutes and a compiler.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def _choose_adam(config: dict[str, Any], offloads: bool, on_gpu: bool) -> None:
     if offloads and on_gpu:
         return
-    params = config["optimizer"]["params"]
-    if params.setdefault("torch_adam", True) and on_gpu:
-        params.setdefault("fused", True)
-    if offloads and params["torch_adam"]:
+    torch_adam = prefer_torch_adam(config)
+    if torch_adam and on_gpu:
+        config["optimizer"]["params"].setdefault("fused", True)
+    if offloads and torch_adam:
         # Without a GPU nothing is offloaded in truth; CPUAdam would only cost its compilation.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
 
@@ -201,4 +223,10 @@ def _equal(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours)
 
 
-__all__ = ["deepspeed_config", "first_iteration", "parse_deepspeed"]
+__all__ = [
+    "deepspeed_config",
+    "first_iteration",
+    "parse_deepspeed",
+    "prefer_torch_adam",
+    "skip_inference_op",
+]

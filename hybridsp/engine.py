@@ -25,7 +25,7 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from hybridsp.adapters import decoder_layers
-from hybridsp.deepspeed_config import parse_deepspeed
+from hybridsp.deepspeed_config import parse_deepspeed, prefer_torch_adam, skip_inference_op
 from hybridsp.loss import TokenMean, count_labels
 from hybridsp.mesh import SPMesh
 from hybridsp.self_check import self_check as prove
@@ -97,7 +97,8 @@ def initialize(
 
     config = _checked_config(model, mesh, config)
     if mesh.device.type == "cpu":
-        _spare_a_compiler(config)
+        skip_inference_op()
+        prefer_torch_adam(config)
     _fetch_whole_layers(model)
     if not model.get_input_embeddings().weight.requires_grad:
         # What surrounds a layer, as ZeRO-3's hooks and checkpointing do, waits for a gradient of
@@ -257,17 +258,6 @@ def _fetch_whole_layers(model: PreTrainedModel) -> None:
 
     for layer in decoder_layers(model):
         set_z3_leaf_module(layer, True)
-
-
-def _spare_a_compiler(config: dict[str, Any]) -> None:
-    """Keep DeepSpeed on a CPU from compiling ops at start, which takes minutes and a compiler."""
-    import deepspeed.ops
-
-    # Only its inference uses this one.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = config.get("optimizer", {})
-    if str(optimizer.get("type")).lower() in ("adam", "adamw"):
-        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
 
 
 __all__ = ["StepResult", "eval_step", "initialize", "train_step", "unreported_norm"]

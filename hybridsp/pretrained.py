@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from hybridsp.deepspeed_config import skip_inference_op
 from hybridsp.mesh import SPMesh
 
 
@@ -100,11 +101,9 @@ def fill_sharded(
         ValueError: the ranks have different checkpoints, or a weight cannot be read; on all ranks.
     """
     import deepspeed
-    import deepspeed.ops
 
     if mesh.device.type == "cpu":
-        # Else DeepSpeed compiles an op that only its inference uses when it first communicates.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_inference_op()
     groups = _names_of_parameters(model)
     shapes = [(names, tuple(model.get_parameter(names[0]).shape)) for names in groups]
     mesh.on_every_rank(_require_equal, folder, shapes, mesh.on_rank_zero(lambda: shapes))

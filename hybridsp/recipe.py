@@ -30,6 +30,18 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+# What other trainers call keys of a recipe.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "max_length": "seq_length",
+    "max_seq_length": "seq_length",
+    "gradient_checkpointing": "activation_checkpointing",
+    "steps": "max_steps",
+    "bf16": "dtype",
+}
+
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -330,7 +342,8 @@ def refuse_unknown(keys: Iterable[str], known: Iterable[str], what: str) -> None
     known = sorted(known)
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            alias = [name for name in [OTHER_NAMES.get(str(key))] if name in known]
+            near = alias or difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise ValueError(f"{what} {key!r}; {hint}")
 

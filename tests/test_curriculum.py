@@ -112,6 +112,20 @@ def test_changed_rope_is_that_of_a_model_made_with_it(tmp_path, name, rope):
     torch.testing.assert_close(logits(again, TOKENS), after, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("changes", [{}, {"softmax_rope": False}], ids=["RoPE", "no RoPE"])
+def test_a_longer_stage_is_known_to_the_config(tmp_path, changes):
+    model = tiny_model(**changes)
+    before, rope = logits(model, TOKENS), model.config.rope_parameters
+    for length, known in [(128, 128), (999, 999), (64, 999)]:
+        set_rope(model, None, length)
+        assert model.config.max_position_embeddings == known
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config.max_position_embeddings == 999
+    assert again.config.rope_parameters == rope
+    torch.testing.assert_close(logits(again, TOKENS), before, rtol=0, atol=0)
+
+
 TOKENS = torch.randint(3, 60, (1, 24), generator=torch.Generator().manual_seed(0))
 
 

@@ -158,6 +158,15 @@ def test_a_resumed_run_ends_with_the_same_bytes(finished, project):
         assert rows_of(project / "run", column) == rows_of(finished / "run", column)
 
 
+def test_a_changed_rate_holds_from_the_first_step_after_a_resume(finished, project):
+    shutil.rmtree(project / "run" / "checkpoints" / "step-000006")
+    changes = ["learning_rate=0.02", "generate_prompt=null"]
+    results = run_ranks(run_script, 2, project, changes)
+    assert [code for code, _, _ in results] == [0, 0]
+    before, after = (rows_of(run / "run", "learning_rate") for run in (finished, project))
+    assert after == pytest.approx({k: rate * (2 if k > 3 else 1) for k, rate in before.items()})
+
+
 def test_nothing_is_trained_again_after_the_last_step(finished, project):
     results = run_ranks(run_script, 2, project, ["generate_prompt=null"])
     assert [code for code, _, _ in results] == [0, 0]
@@ -246,6 +255,10 @@ DAMAGES = {
         ["model holds neither model.safetensors nor"],
     ),
     "corrupt config": (lambda host: halve(host / "model" / "config.json"), ["config.json"]),
+    "no tokenizer": (
+        lambda host: [file.unlink() for file in (host / "model").glob("token*")],
+        ["model holds no tokenizer (tokenizer.json, tokenizer_config.json): copy its files there"],
+    ),
     "corrupt tokenizer": (lambda host: halve(host / "model" / "tokenizer.json"), ["tokenizer"]),
     "other shapes": (edit_config(vocab_size=300), ["model does not fit its own config"]),
     "missing layer": (deepen, ["model does not fit its own config", "model.layers.4."]),

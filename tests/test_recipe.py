@@ -77,6 +77,8 @@ def test_every_way_to_write_a_number_is_a_number(recipe_file, text):
     ("change", "message"),
     [
         ({"lerning_rate": 1.0}, r"recipe.yaml: unknown key 'lerning_rate'; .*'learning_rate'\?"),
+        ({"lr": 1.0}, r"unknown key 'lr'; did you mean 'learning_rate'\?"),
+        ({"batch_size": 1}, r"unknown key 'batch_size'; did you mean 'micro_batch_size'\?"),
         ({"xyzzy": 1}, r"unknown key 'xyzzy'; known: .*ulysses"),
         ({"seq_length": None, "data": None}, "data is missing; seq_length is missing"),
         ({"seq_length": 0}, "seq_length = 0: .* greater than or equal to 1"),

@@ -225,6 +225,19 @@ class Sabotage:
 
     @staticmethod
     @contextlib.contextmanager
+    def one_layer():
+        """A layer that the probe would pass by is left as it was."""
+        right = hybridsp.parallelize
+
+        def broken(model, mesh):
+            right(model, mesh)
+            model.model.layers[2].linear_attn.implementation = "local"
+
+        with mock.patch.object(hybridsp, "parallelize", broken):
+            yield
+
+    @staticmethod
+    @contextlib.contextmanager
     def uncut():
         """Every rank gets the whole sequence."""
         cut = probe.shard_batch
@@ -286,6 +299,11 @@ CASES = {
         Sabotage.mpu,
         ["sharding: this rank holds", "let hybridsp.initialize pass mesh.mpu"],
         ["crossing"],
+    ),
+    "one layer of two is not parallel": (
+        Sabotage.one_layer,
+        ["the output of model.layers.2.linear_attn", "do not cross the ranks"],
+        ["the output of model.layers.0.linear_attn", "crossing, HybridGLAAttention"],
     ),
     "activations are not cut": (
         Sabotage.uncut,

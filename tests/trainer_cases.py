@@ -2,9 +2,10 @@
 
 import torch
 import transformers
+from test_parallelize import dense_model
 from tiny import VOCABULARY, tiny_model
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM
+from transformers import DataCollatorWithFlattening
 
 LENGTHS = (9, 16, 5, 13, 11, 16, 3, 8, 14, 2, 10, 7, 12, 6, 15, 4)
 
@@ -55,19 +56,8 @@ COLLATORS = {
 def model_of(kind):
     if kind == "hybrid":
         return tiny_model()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        attn_implementation="eager",
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "head_dim": 8}
+    return dense_model("llama", attn_implementation="eager", **sizes)
 
 
 def arguments(output_dir, **changes):

@@ -34,13 +34,8 @@ from hybridsp.deepspeed_config import deepspeed_config, first_iteration
 from hybridsp.lora import add_lora, export_merged
 from hybridsp.mesh import SPMesh
 from hybridsp.metrics import RunLogger
-from hybridsp.pretrained import (
-    check_safetensors,
-    empty_causal_lm,
-    fill_sharded,
-    load_causal_lm,
-    num_parameters,
-)
+from hybridsp.prepare import load_prepared, load_tokenizer
+from hybridsp.pretrained import num_parameters
 from hybridsp.recipe import Recipe, load_recipe
 from hybridsp.train.console import errors_of_users, keep_quiet
 
@@ -61,12 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_quiet(is_main=mesh.rank == 0)
         transformers.set_seed(recipe.seed)
         config = mesh.on_every_rank(deepspeed_config, recipe, mesh)
-
-        shards = config.get("zero_optimization", {}).get("stage") == 3
-        tokenizer, model = mesh.on_every_rank(load_pretrained, recipe, shards)
-        mesh.on_every_rank(parallelize, recipe, mesh, model)
-        if shards:
-            fill_sharded(model, recipe.model, mesh, config)
+        tokenizer = mesh.on_every_rank(load_tokenizer, recipe.model)
+        model = load_prepared(recipe, mesh, config)
         if recipe.lora is not None:
             mesh.on_every_rank(add_lora, model, recipe.lora)
         stages = mesh.on_every_rank(plan_stages, recipe, model.config)
@@ -164,30 +155,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load_pretrained(recipe: Recipe, shards: bool) -> tuple[Any, Any]:
-    """The tokenizer and the model of the recipe's checkpoint, whose weights `shards` leaves out."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    except Exception as error:  # tokenizers raises plain Exceptions, which name no file
-        raise ValueError(f"the tokenizer of {recipe.model} cannot be read: {error}") from error
-    check_safetensors(recipe.model)
-    load = empty_causal_lm if shards else load_causal_lm
-    return tokenizer, load(recipe.model, dtype=recipe.torch_dtype)
-
-
-def parallelize(recipe: Recipe, mesh: SPMesh, model: Any) -> None:
-    """Install sequence parallelism and what the recipe says of memory."""
-    if recipe.activation_checkpointing:
-        model.activation_checkpointing_enable()
-    hybridsp.parallelize(
-        model,
-        mesh,
-        keep_attention=recipe.keep_attention,
-        tiled_mlp=recipe.tiled_mlp,
-        offload_activations=recipe.offload_activations,
-    )
-
-
 def load_data(recipe: Recipe, stages: list[Stage], tokenizer: Any, mesh: SPMesh) -> list[StageData]:
     """The data of every stage, all packed before the first step is taken."""
 
@@ -255,6 +222,10 @@ def resume(
             f"the checkpoint's step {state['step']} was one of stage {saved}, but by this recipe "
             f"it is one of stage {stage.number}: keep the max_steps of stages that are over"
         )
+    # The checkpoint's are those of the recipe as it was, the next step's rate among them.
+    for group in engine.optimizer.param_groups:
+        group["betas"], group["weight_decay"] = recipe.betas, recipe.weight_decay
+    engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
     loader, _ = data[stage.number - 1]
     mesh.on_every_rank(loader.load_state_dict, state["data"])
     return state["step"]

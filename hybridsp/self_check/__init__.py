@@ -10,8 +10,9 @@ self-check puts a few dozen random tokens per rank through the engine and holds 
                those of the uncut sequence, computed on each rank alone without HybridSP's layers
     sharding   parameters and optimizer hold what the ZeRO stage says, activations L = T/P tokens
 
-It costs three forwards and one per kind of mixer, and two or three forwards and backwards, of a
-tiny batch, and leaves no trace.
+Of a deep model the probe goes through one layer of each kind and the last (`layers.py`). It costs
+three forwards and one per kind of mixer, and two or three forwards and backwards, of a tiny batch
+through so few layers, and leaves no trace.
 
 In fp32 the two runs agree to 1e-4. In bf16 they round differently, and how far that may take them
 apart is a matter of the model: the uncut probe runs once more with each mixer and each layer
@@ -33,9 +34,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridsp.adapters import decoder_layers
 from hybridsp.mesh import SPMesh
+from hybridsp.self_check.layers import Mixer, first_of_each_kind, passing_by
 from hybridsp.self_check.no_trace import leaving_no_trace
-from hybridsp.self_check.probe import Mixer, Probe, Trace, first_of_each_kind
+from hybridsp.self_check.probe import Probe, Trace
 from hybridsp.self_check.sharding import sharding_problems
 
 FP32_TOLERANCE = 1e-4
@@ -72,8 +75,8 @@ def self_check(engine: Any, mesh: SPMesh) -> str:
     if mesh.sp == 1:
         proven = "sp = 1, so no sequence is cut"
     else:
-        with leaving_no_trace(engine):
-            probe = Probe(engine, mesh)
+        probe = Probe(engine, mesh)
+        with leaving_no_trace(engine), passing_by(probe.model, probe.mixers):
             whole = probe.whole()
             allowed = tolerances(probe, whole)
             problems = (
@@ -81,11 +84,7 @@ def self_check(engine: Any, mesh: SPMesh) -> str:
                 + exactness_problems(probe, whole, allowed)
                 + problems
             )
-        kinds = [mixer.kind for mixer in first_of_each_kind(probe.mixers)]
-        proven = (
-            f"{' and '.join(kinds)} cross {mesh.sp} ranks; outputs, loss and gradients of "
-            f"{probe.length * mesh.sp} tokens are those of the uncut sequence"
-        )
+        proven = _proven(probe)
         if untold := sum(isinf(x) for x in allowed.values()):
             proven += f", but {untold} of {len(allowed)} move too much by rounding alone to tell"
     _raise_together(problems, mesh)
@@ -93,6 +92,21 @@ def self_check(engine: Any, mesh: SPMesh) -> str:
     if mesh.rank == 0:
         logger.info(line)
     return line
+
+
+def _proven(probe: Probe) -> str:
+    """What a probe without problems has shown."""
+    kinds = dict.fromkeys(mixer.kind for mixer in probe.mixers)
+    through = len({id(mixer.layer) for mixer in probe.mixers})
+    like_them = (
+        f" through {through} of {n} layers, which the others are like"
+        if (n := len(decoder_layers(probe.model))) > through
+        else ""
+    )
+    return (
+        f"{' and '.join(kinds)} cross {probe.mesh.sp} ranks; outputs, loss and gradients of "
+        f"{probe.length * probe.mesh.sp} tokens{like_them} are those of the uncut sequence"
+    )
 
 
 def tolerances(probe: Probe, whole: Trace) -> dict[str, float]:

@@ -63,8 +63,13 @@ def without_reduction(engine: Any) -> Iterator[None]:
     """Gradients may be taken by `torch.autograd.grad` and DeepSpeed does not take part in it.
 
     ZeRO-3, behind a module that it gathers as a whole, reduces the gradients of all parameters
-    listed for it, and makes zeros of those that are not there, as in `autograd.grad` none are.
+    listed for it, and makes zeros of those that are not there, as in `autograd.grad` none are. At
+    the first it asks how many parameters take part, which `autograd.grad` does not tell.
     """
+    if hasattr(engine.optimizer, "_backward_hook_state"):
+        state = engine.optimizer._backward_hook_state
+        state.reset_for_new_step()
+        state.hooks_fired_this_backward = 1
     lists = list(getattr(engine.optimizer, "leaf_parameters", {}).values())
     contents = [list(parameters) for parameters in lists]
     try:
@@ -76,9 +81,14 @@ def without_reduction(engine: Any) -> Iterator[None]:
             parameters.extend(content)
 
 
+def plain_attributes(thing: Any) -> dict[str, Any]:
+    """An object's numbers, flags and words by name."""
+    return {name: value for name, value in vars(thing).items() if isinstance(value, PLAIN)}
+
+
 def _remember(thing: Any) -> Callable[[], None]:
     """A function that gives the object's counters, flags and tables their present content."""
-    plain = {name: value for name, value in vars(thing).items() if isinstance(value, PLAIN)}
+    plain = plain_attributes(thing)
     tables = {name: copy.copy(vars(thing)[name]) for name in TABLES if name in vars(thing)}
 
     def put_back() -> None:

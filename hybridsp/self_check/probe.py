@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hybridsp.adapters import ADAPTERS, IMPLEMENTATION, decoder_layers
+from hybridsp.adapters import IMPLEMENTATION
 from hybridsp.loss import count_labels
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.cross_entropy import IGNORED_LABEL
+from hybridsp.self_check.layers import (
+    Mixer,
+    find_mixers,
+    first_of_each_kind,
+    of_layers_gone_through,
+    passing_by,
+)
 from hybridsp.self_check.no_trace import without_reduction
+from hybridsp.self_check.sharding import numel
 from hybridsp.sharding import shard_batch
 
 TOKENS_PER_RANK = 32
@@ -39,68 +46,23 @@ Trace = dict[str, Tensor]
 """What one run of the probe showed, by name: outputs [1, L, D], "loss" [], gradients."""
 
 
-@dataclass(frozen=True)
-class Mixer:
-    """A token mixer of the model.
-
-    Attributes:
-        name: its path in the model.
-        kind: what tells mixers apart that communicate differently.
-        module: the mixer.
-        halo: how many tokens further on its convolution still sees a token.
-        layer: the decoder layer it is in.
-    """
-
-    name: str
-    kind: str
-    module: nn.Module
-    halo: int
-    layer: nn.Module
-
-
-def find_mixers(model: PreTrainedModel) -> list[Mixer]:
-    """The token mixers of a parallelized model, from the first layer to the last."""
-    adapter = ADAPTERS[model.config.model_type]
-    names = {id(module): name for name, module in model.named_modules()}
-    kinds = getattr(model.config, "layer_types", None)
-    found = []
-    for index, layer in enumerate(decoder_layers(model)):
-        for module in adapter.mixers(layer).values():
-            linear = type(module).__name__ in adapter.linear
-            taps = getattr(model.config, "linear_conv_kernel_dim", 0) if linear else 0
-            halo = max(taps - 1, 0)
-            kind = type(module).__name__ + (f" ({kinds[index]})" if kinds else "")
-            found.append(Mixer(names[id(module)], kind, module, halo, layer))
-    return found
-
-
-def first_of_each_kind(mixers: list[Mixer]) -> list[Mixer]:
-    """One mixer per kind: the first, whose gradient everything behind it goes into."""
-    first: dict[str, Mixer] = {}
-    for mixer in mixers:
-        first.setdefault(mixer.kind, mixer)
-    return list(first.values())
-
-
 def compared_parameters(model: PreTrainedModel, mixers: list[Mixer]) -> dict[str, nn.Parameter]:
-    """Trainable parameters of one mixer per kind, and the smallest one outside them.
+    """Trainable parameters of one mixer per kind, and the smallest one outside all mixers.
 
-    Of those above MAX_COMPARED_NUMEL none, or one where all are.
+    Of those above MAX_COMPARED_NUMEL none, or one where all are. The smallest one is the last of
+    its size, as that of the norm behind the last layer: the fewer layers a gradient comes through,
+    the less rounding there is in it.
     """
+    inside = tuple(f"{mixer.name}." for mixer in mixers)
     first = tuple(f"{mixer.name}." for mixer in first_of_each_kind(mixers))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     small = {name: p for name, p in trainable.items() if numel(p) <= MAX_COMPARED_NUMEL}
     chosen = {name: p for name, p in small.items() if name.startswith(first)}
-    others = {name: p for name, p in (small or trainable).items() if name not in chosen}
+    others = {name: p for name, p in (small or trainable).items() if not name.startswith(inside)}
     if others:
-        smallest = min(others, key=lambda name: numel(others[name]))
+        smallest = min(reversed(others), key=lambda name: numel(others[name]))
         chosen[smallest] = others[smallest]
     return chosen
-
-
-def numel(parameter: nn.Parameter) -> int:
-    """Elements of a parameter, which ZeRO-3 may have partitioned."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 class Probe:
@@ -119,8 +81,9 @@ class Probe:
     def __init__(self, engine: Any, mesh: SPMesh) -> None:
         self.engine, self.mesh = engine, mesh
         self.model: PreTrainedModel = engine.module
-        self.mixers = find_mixers(self.model)
-        self.parameters = compared_parameters(self.model, self.mixers)
+        self.mixers = of_layers_gone_through(find_mixers(self.model))
+        with passing_by(self.model, self.mixers):
+            self.parameters = compared_parameters(self.model, self.mixers)
         halo = max((mixer.halo for mixer in self.mixers), default=0)
         few = max(min(TOKENS_PER_RANK, MAX_TOKENS // mesh.sp), MIN_TOKENS_PER_RANK)
         self.length = max(few, 4 * halo)

@@ -31,14 +31,14 @@ def sharding_problems(engine: Any, mesh: SPMesh) -> tuple[list[str], str]:
     if stage == 0:
         return [], "ZeRO stage 0 shards nothing"
     problems, found = [], []
-    whole = sum(_numel(p) for p in parameters if p.requires_grad)
+    whole = sum(numel(p) for p in parameters if p.requires_grad)
     padding = PADDING * len(parameters)
     if not getattr(engine.optimizer, "swap_optimizer", False):  # swapped out, they have no size
         held = sum(partition.numel() for partition in optimizer_partitions(engine.optimizer))
         problems += _judge("the optimizer's fp32 parameters", held, whole, mesh, padding)
         found.append(f"{held:,} of {whole:,} optimizer elements")
     if stage == 3:
-        whole = sum(_numel(p) for p in parameters)
+        whole = sum(numel(p) for p in parameters)
         held = sum(p.ds_tensor.numel() for p in parameters)
         problems += _judge("the parameters", held, whole, mesh, padding)
         found.append(f"{held:,} of {whole:,} parameters")
@@ -52,7 +52,8 @@ def optimizer_partitions(optimizer: Any) -> list[Tensor]:
     return list(getattr(optimizer, MASTERS[name]))
 
 
-def _numel(parameter: Any) -> int:
+def numel(parameter: Any) -> int:
+    """Elements of a parameter, which ZeRO-3 may have partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

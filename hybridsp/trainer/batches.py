@@ -13,7 +13,7 @@ their checksums are compared.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,17 +48,19 @@ class Parts:
     num_real_tokens: int
 
 
-def shard_batches(batches: Sequence[Mapping[str, Any]], mesh: SPMesh) -> Parts:
+def shard_batches(batches: Iterable[Mapping[str, Any]], mesh: SPMesh) -> Parts:
     """Cut collated batches over the ranks of each sequence. Collective over all ranks.
 
     Args:
-        batches: the same on all ranks of an SP group, as `whole_batch` takes them.
+        batches: the same on all ranks of an SP group, as `whole_batch` takes them; they may be yet
+            to be loaded and collated, which is done here.
         mesh: the grid of ranks.
 
     Raises:
-        ValueError: a batch cannot be cut, or the ranks of an SP group have different ones.
+        ValueError: a batch cannot be loaded or cut on some rank, or the ranks of an SP group have
+            different ones; on every rank.
     """
-    wholes, parts, failure = _attempt(batches, mesh)
+    loaded, wholes, parts, failure = _attempt(batches, mesh)
     sums = torch.tensor([_checksum(wholes)], dtype=torch.int64, device=mesh.device)
     extremes = torch.cat([sums, -sums])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.sp_group)
@@ -68,7 +70,7 @@ def shard_batches(batches: Sequence[Mapping[str, Any]], mesh: SPMesh) -> Parts:
     counts[2] = sum(int(count_labels(part["shift_labels"])) for part in parts)
     if mesh.sp_rank == 0 and failure is None:
         counts[3] = sum(whole["input_ids"].numel() for whole in wholes)
-        counts[4] = sum(_num_real_tokens(batch) for batch in batches)
+        counts[4] = sum(_num_real_tokens(batch) for batch in loaded)
     dist.all_reduce(counts, group=mesh.data_group)
     failed, differing, num_labels, num_tokens, num_real_tokens = counts.tolist()
     if failed:
@@ -88,14 +90,17 @@ def shard_batches(batches: Sequence[Mapping[str, Any]], mesh: SPMesh) -> Parts:
 
 
 def _attempt(
-    batches: Sequence[Mapping[str, Any]], mesh: SPMesh
-) -> tuple[list[dict[str, Tensor]], list[dict[str, Any]], ValueError | None]:
-    """Whole batches and this rank's parts; or why there are none, for all ranks to hear of it."""
+    batches: Iterable[Mapping[str, Any]], mesh: SPMesh
+) -> tuple[
+    list[Mapping[str, Any]], list[dict[str, Tensor]], list[dict[str, Any]], Exception | None
+]:
+    """Batches, as they were and as a whole, and this rank's parts; or why there are none."""
     try:
-        wholes = [whole_batch(batch) for batch in batches]
-        return wholes, [shard_batch(whole, mesh) for whole in wholes], None
-    except ValueError as error:
-        return [], [], error
+        loaded = list(batches)
+        wholes = [whole_batch(batch) for batch in loaded]
+        return loaded, wholes, [shard_batch(whole, mesh) for whole in wholes], None
+    except Exception as error:  # noqa: BLE001 - none is lost: every rank raises it
+        return [], [], [], error
 
 
 def whole_batch(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ run. So a folder without that state is what an interrupted save has left.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 STATE = "trainer_state.json"
 
@@ -40,15 +39,9 @@ def complete_checkpoint(output_dir: str, asked: str | bool) -> str:
     return str(steps[max(steps)])
 
 
-def weights_to_save(engine: Any) -> dict[str, Any] | None:
-    """Whole weights where ZeRO-3 has cut them, on rank 0; else None. Collective over all ranks.
-
-    Of a model with adapters (`peft`) they are those that were trained.
-    """
-    if engine is None or engine.zero_optimization_stage() != 3:
-        return None
-    adapters = getattr(engine.module, "_hf_peft_config_loaded", False)
-    return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters)
+def begin_save(folder: str | Path) -> None:
+    """Let a checkpoint that is about to be replaced no longer pass for complete."""
+    (Path(folder) / STATE).unlink(missing_ok=True)
 
 
-__all__ = ["complete_checkpoint", "weights_to_save"]
+__all__ = ["begin_save", "complete_checkpoint"]

@@ -7,6 +7,7 @@ without labels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -83,12 +84,10 @@ def evaluate_loss(
     Raises:
         ValueError: a batch cannot be cut.
     """
-    num_real = dataloader.batch_sampler.num_real  # type: ignore[union-attr]
+    batches = _batches(dataloader)
     loss_sum, num_labels = 0.0, 0
-    for index, batch in enumerate(dataloader):
-        if index >= num_real:
-            batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORED_LABEL)}
-        cut = shard_batches([batch], mesh)
+    for index in range(len(dataloader)):
+        cut = shard_batches(itertools.islice(batches, 1), mesh)
         num_labels += cut.num_labels
         # Divided by 1, what comes out is the sum over all ranks.
         loss_sum += model(**cut.parts[0], num_items_in_batch=1).loss.item()
@@ -99,6 +98,15 @@ def evaluate_loss(
     dist.all_reduce(total, group=mesh.data_group)
     mean_sum = total.item() / mesh.world_size
     yield mean_sum / num_labels if num_labels else float("nan")
+
+
+def _batches(dataloader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The loader's batches, those that only keep this rank in step without labels."""
+    num_real = dataloader.batch_sampler.num_real  # type: ignore[union-attr]
+    for index, batch in enumerate(dataloader):
+        if index >= num_real:
+            batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORED_LABEL)}
+        yield batch
 
 
 __all__ = ["BatchesInStep", "eval_dataloader", "evaluate_loss"]

@@ -22,14 +22,14 @@ from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from hybridsp.checkpoint import load_checkpoint, save_checkpoint
+from hybridsp.checkpoint import gathered_weights, load_checkpoint, save_checkpoint
 from hybridsp.engine import initialize
 from hybridsp.mesh import SPMesh
 from hybridsp.parallelize import parallelize
 from hybridsp.trainer.batches import BOUNDARIES, shard_batches
-from hybridsp.trainer.checkpoints import complete_checkpoint, weights_to_save
+from hybridsp.trainer.checkpoints import begin_save, complete_checkpoint
 from hybridsp.trainer.engine_wrapper import EngineWrapper
 from hybridsp.trainer.evaluation import eval_dataloader, evaluate_loss
 from hybridsp.trainer.settings import (
@@ -187,7 +187,7 @@ class Trainer(transformers.Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
         """This rank's parts of the next step's batches, and the step's labels over all ranks."""
-        cut = shard_batches(list(itertools.islice(epoch_iterator, num_batches)), self.mesh)
+        cut = shard_batches(itertools.islice(epoch_iterator, num_batches), self.mesh)
         seen = self.args.include_num_input_tokens_seen
         if seen != "no":
             tokens = cut.num_real_tokens if seen == "non_padding" else cut.num_tokens
@@ -199,6 +199,18 @@ class Trainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs  # on the device they are needed on: boundaries of documents stay on the host
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, forward and backward."""
+        if self.mesh.sp == 1:
+            return super().training_step(*args, **kwargs)
+        # The ranks of a sequence draw its samples from one stream of random numbers. What dropout
+        # draws must not be the same for each rank's tokens.
+        seed = int(torch.randint(2**62, ())) + self.mesh.sp_rank
+        devices = [self.mesh.device] if self.mesh.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -358,10 +370,15 @@ class Trainer(transformers.Trainer):
             ValueError: the files cannot be written.
         """
         target = output_dir or self.args.output_dir
-        weights = weights_to_save(self.deepspeed)
+        weights = None if self.deepspeed is None else gathered_weights(self.deepspeed)
         self.mesh.on_rank_zero(self._save, target, weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.mesh.on_rank_zero(begin_save, Path(self._get_output_dir(trial=trial)) / name)
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         step = self.state.global_step
