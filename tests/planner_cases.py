@@ -55,14 +55,4 @@ def shape_of(tmp_path, config, softmax_layers=None):
 
 
 def setting_of(**changes):
-    options = {
-        "gpus": 8,
-        "ring": 1,
-        "ulysses": 8,
-        "stage": 3,
-        "offload_optimizer": False,
-        "checkpointing": True,
-        "batch": 1,
-        "dtype_bytes": 2,
-    }
-    return Setting(**{**options, **changes})
+    return Setting(**{"gpus": 8, "ring": 1, "ulysses": 8, "stage": 3} | changes)

@@ -13,8 +13,9 @@ from tiny import tiny_config
 from hybridsp.bench import step, step_case
 from hybridsp.bench.step_report import table_row
 from hybridsp.planner import GPUS, Cluster
+from hybridsp.planner.kernels import model_flops
 from hybridsp.planner.memory import memory
-from hybridsp.planner.time import model_flops, step_time
+from hybridsp.planner.time import step_time
 
 PRELOAD += DEEPSPEED
 

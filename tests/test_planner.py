@@ -18,9 +18,10 @@ from hybridsp.convert import hybrid_config
 from hybridsp.deepspeed_config import deepspeed_config
 from hybridsp.planner import Cluster, Job, load_shape, make_plan, write_files
 from hybridsp.planner.hardware import GPUS
+from hybridsp.planner.kernels import model_flops
 from hybridsp.planner.memory import memory
 from hybridsp.planner.search import longest, rank, settings
-from hybridsp.planner.time import model_flops, step_time
+from hybridsp.planner.time import step_time
 from hybridsp.recipe import load_recipe
 
 

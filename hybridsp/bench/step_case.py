@@ -1,10 +1,10 @@
 """One training step, as `hybridsp bench step` takes it, and what the planner says of it.
 
-A case is a model of random weights, a length and a setting. It goes the way of every run: a recipe
-makes DeepSpeed's configuration, `parallelize` and `initialize` make the engine, `train_step` takes
-the steps. What is measured is what the planner predicts: seconds, the most that PyTorch's allocator
-handed out on a GPU (CUDA's context and NCCL's buffers, which it does not see, are no part of it),
-and host memory.
+A case is a model, of random weights or a checkpoint's, a sequence and a setting. It goes the way of
+every run: a recipe makes DeepSpeed's configuration, `prepare` and `initialize` make the engine,
+`train_step` takes the steps: labels, clipping, AdamW. What is measured is what the planner
+predicts: seconds, the most that PyTorch's allocator handed out on a GPU (CUDA's context and NCCL's
+buffers, which it does not see, are no part of it), and host memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybridsp
+from hybridsp.bench.step_data import ONE, Sequence, random_sequence, text_sequence
+from hybridsp.bench.step_profile import profile_step
 from hybridsp.bench.timing import measure
 from hybridsp.convert import hybrid_config
 from hybridsp.deepspeed_config import deepspeed_config, first_iteration
@@ -30,10 +32,14 @@ from hybridsp.mesh import SPMesh
 from hybridsp.planner import Cluster, ModelShape, Setting, load_shape
 from hybridsp.planner.files import DTYPES
 from hybridsp.planner.hardware import GPUS
-from hybridsp.planner.memory import HOST_PROCESS, memory
+from hybridsp.planner.kernels import model_flops
+from hybridsp.planner.memory import HOST_PROCESS, memory, offloaded_activations
 from hybridsp.planner.model import load_config
-from hybridsp.planner.time import model_flops, step_time
+from hybridsp.planner.time import step_time
+from hybridsp.prepare import load_prepared, prepare_model
 from hybridsp.recipe import Recipe
+
+T = TypeVar("T")
 
 # The first step allocates the optimizer's states and compiles the kernels.
 WARMUP_STEPS = 1
@@ -49,12 +55,20 @@ class Case:
         softmax_layers: which layers stay softmax in the hybrid made of it; None for it as it is.
         setting: how it is run.
         tokens_per_rank: L.
+        has_weights: `model` is a checkpoint whose weights are taken; else they are random.
+        text: what is read; None for random tokens.
+        documents: ONE, OWN (the text's), or tokens per document.
+        seed: of what is random.
     """
 
     model: str
     softmax_layers: str | None
     setting: Setting
     tokens_per_rank: int
+    has_weights: bool = False
+    text: str | None = None
+    documents: str | int = ONE
+    seed: int = 0
 
     @property
     def length(self) -> int:
@@ -66,6 +80,18 @@ class Case:
         """The model's, for the planner."""
         return load_shape(self.model, self.softmax_layers)
 
+    @cached_property
+    def sequence(self) -> Sequence:
+        """What is read, the same on every rank.
+
+        Raises:
+            ValueError: a text that cannot be read, or is too short.
+        """
+        if self.text is not None:
+            return text_sequence(self.text, self.model, self.length, documents=self.documents)
+        vocabulary = self.shape.config.vocab_size
+        return random_sequence(vocabulary, self.length, documents=self.documents, seed=self.seed)
+
     @property
     def columns(self) -> dict[str, Any]:
         """What tells it from other rows."""
@@ -73,6 +99,9 @@ class Case:
         return {
             "model": self.model,
             "softmax_layers": self.softmax_layers,
+            "has_weights": self.has_weights,
+            "text": self.text,
+            "documents": self.documents,
             "ring": setting.ring,
             "ulysses": setting.ulysses,
             "tokens": self.length,
@@ -85,43 +114,72 @@ class Case:
         }
 
 
-def take_steps(case: Case, mesh: SPMesh, *, steps: int, seed: int) -> dict[str, Any]:
+def take_steps(
+    case: Case,
+    mesh: SPMesh,
+    *,
+    steps: int,
+    warmup_tokens: int | None = None,
+    profiled: bool = False,
+) -> dict[str, Any]:
     """The figures of a case, the largest of all ranks each. Collective over the world.
 
     Args:
         case: what is run.
         mesh: of the case's degrees.
         steps: timed, behind those that warm up.
-        seed: of weights and tokens.
+        warmup_tokens: tokens per rank of the steps that warm up; None for as many as are timed.
+        profiled: take one more step, and say what its time went into.
     """
-    engine = make_engine(case, mesh, seed)
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = case.shape.config.vocab_size
-    tokens = torch.randint(vocabulary, (1, case.length), generator=generator)
-    batch = hybridsp.shard_batch({"input_ids": tokens, "labels": tokens}, mesh)
-    losses: list[float] = []
+    batch = hybridsp.shard_batch(case.sequence.batch, mesh)
+    engine = make_engine(case, mesh)
+    results: list[hybridsp.engine.StepResult] = []
     _forget_peaks(mesh)
+
+    def step() -> None:
+        results.append(hybridsp.train_step(engine, [batch]))
+
     try:
-        times = measure(
-            lambda: losses.append(hybridsp.train_step(engine, [batch]).loss),
-            mesh,
-            repeats=steps,
-            warmup=WARMUP_STEPS,
-        )
+        _warm_up(engine, case, mesh, batch, warmup_tokens)
+        times = measure(step, mesh, repeats=steps, warmup=0)
+        told = _memory_of_rank(mesh)
+        profile = profile_step(engine, step, mesh) if profiled else None
     finally:
         engine.destroy()  # also where memory ran out: the next case needs it
+    pairs = 1.0 if case.sequence.pairs is None else case.sequence.pairs
     return {
         **times.as_json(),
         "tokens_per_second": case.length * mesh.dp / times.median,
-        "loss": losses[0],
+        "loss": results[0].loss,
+        "last_loss": results[steps - 1].loss,
+        "grad_norm": results[0].grad_norm,
+        "labels": results[0].num_labels,
+        "num_documents": len(case.sequence.lengths or (case.length,)),
         "parameters": case.shape.parameters,
-        "flops": mesh.dp * model_flops(case.shape, case.length),
-        **_largest_of_ranks(_memory_of_rank(mesh), mesh),
+        "flops": mesh.dp * model_flops(case.shape, case.length, pairs),
+        **_largest_of_ranks(told, mesh),
+        **({} if profile is None else {"profile": profile}),
     }
 
 
-def make_engine(case: Case, mesh: SPMesh, seed: int) -> Any:
-    """A DeepSpeed engine with a model of random weights, the same on every rank."""
+def _warm_up(
+    engine: Any, case: Case, mesh: SPMesh, batch: dict[str, Any], tokens: int | None
+) -> None:
+    """Steps that allocate, compile and pin, and change no weight: their learning rate is 0."""
+    if tokens is not None and tokens < case.tokens_per_rank:
+        batch = hybridsp.shard_batch(case.sequence.first(tokens * mesh.sp).batch, mesh)
+        if (offload := engine.module.activation_offload) is not None:
+            needed = int(sum(offloaded_activations(case.shape, case.setting, case.length)))
+            pages = offload.pages.take(needed, pinned=mesh.device.type == "cuda")
+            offload.pages.give_back(pages)
+    for _ in range(WARMUP_STEPS):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0  # the schedule sets the next step's
+        hybridsp.train_step(engine, [batch])
+
+
+def make_engine(case: Case, mesh: SPMesh) -> Any:
+    """A DeepSpeed engine with the case's model, the same on every rank."""
     setting = case.setting
     recipe = Recipe(
         model=case.model,
@@ -139,25 +197,24 @@ def make_engine(case: Case, mesh: SPMesh, seed: int) -> Any:
         offload_activations=setting.offload_activations,
         tiled_mlp=setting.tiled_mlp,
     )
+    config = deepspeed_config(recipe, mesh)
+    if case.has_weights:
+        model = load_prepared(recipe, mesh, config)
+    else:
+        model = _random_model(case, mesh, recipe)
+        prepare_model(model, mesh, recipe)
+    engine = hybridsp.initialize(model, mesh, config, self_check=False)
+    engine.lr_scheduler.step(first_iteration(recipe))
+    return engine
+
+
+def _random_model(case: Case, mesh: SPMesh, recipe: Recipe) -> PreTrainedModel:
     config = load_config(case.model)
     if case.softmax_layers is not None:
         config = hybrid_config(config, case.softmax_layers)
-    torch.manual_seed(seed)
+    torch.manual_seed(case.seed)
     with mesh.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=recipe.torch_dtype)
-    model.train()
-    if recipe.activation_checkpointing:
-        model.activation_checkpointing_enable()
-    hybridsp.parallelize(
-        model,
-        mesh,
-        keep_attention=recipe.keep_attention,
-        tiled_mlp=recipe.tiled_mlp,
-        offload_activations=recipe.offload_activations,
-    )
-    engine = hybridsp.initialize(model, mesh, deepspeed_config(recipe, mesh), self_check=False)
-    engine.lr_scheduler.step(first_iteration(recipe))
-    return engine
+        return AutoModelForCausalLM.from_config(config, dtype=recipe.torch_dtype)
 
 
 def deepspeed_section(setting: Setting) -> dict[str, Any]:
@@ -174,7 +231,7 @@ def deepspeed_section(setting: Setting) -> dict[str, Any]:
     return config
 
 
-def predict(case: Case, gpu: str | None, ranks_per_host: int) -> dict[str, float]:
+def predict(case: Case, gpu: str | None, ranks_per_host: int) -> dict[str, Any]:
     """What the planner says of a case; nothing where it does not know the GPU.
 
     Args:
@@ -186,8 +243,10 @@ def predict(case: Case, gpu: str | None, ranks_per_host: int) -> dict[str, float
         return {}
     cluster = Cluster(gpu=gpu, gpus=case.setting.gpus, gpus_per_node=ranks_per_host)
     needed = memory(case.shape, case.setting, cluster, case.length)
+    time = step_time(case.shape, case.setting, cluster, case.length, case.sequence.pairs)
     return {
-        "predicted_seconds": step_time(case.shape, case.setting, cluster, case.length).seconds,
+        "predicted_seconds": time.seconds,
+        "predicted_parts": {name: part.seconds for name, part in time.parts.items()},
         "predicted_peak_bytes": needed.allocated,
         "predicted_host_bytes": HOST_PROCESS
         + sum(
@@ -205,11 +264,13 @@ def known_gpu(mesh: SPMesh) -> str | None:
     return next((known for known in GPUS if known.partition("-")[0] in name), None)
 
 
-def free(mesh: SPMesh) -> None:
-    """Let go of the last case's engine, which refers to itself."""
+def free(mesh: SPMesh) -> int:
+    """Let go of the last case's engine, which refers to itself; bytes that are still allocated."""
     gc.collect()
-    if mesh.device.type == "cuda":
-        torch.cuda.empty_cache()
+    if mesh.device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
 
 
 def _forget_peaks(mesh: SPMesh) -> None:
@@ -241,9 +302,16 @@ def _memory_of_rank(mesh: SPMesh) -> dict[str, int | None]:
 
 
 def _largest_of_ranks(figures: Mapping[str, int | None], mesh: SPMesh) -> dict[str, int | None]:
-    ranks: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(ranks, dict(figures))
+    ranks = of_ranks(dict(figures), mesh)
+    told = {name: [rank[name] for rank in ranks] for name in figures}
     return {
-        name: max((rank[name] for rank in ranks if rank[name] is not None), default=None)
-        for name in figures
+        name: max((each for each in numbers if each is not None), default=None)
+        for name, numbers in told.items()
     }
+
+
+def of_ranks(mine: T, mesh: SPMesh) -> list[T]:
+    """What every rank has, the same list on all of them. Collective over the world."""
+    ranks: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(ranks, mine)
+    return ranks

@@ -22,6 +22,7 @@ COLUMNS = {
     "zero": "ZeRO",
     "checkpoints": "checkpoints",
     "tiles": "MLP",
+    "num_documents": "documents",
     "seconds": "s/step",
     "predicted_seconds": "plan",
     "seconds_off": "off %",
@@ -35,14 +36,17 @@ COLUMNS = {
     "pinned_gib": "pinned",
     "predicted_host_gib": "plan",
     "loss": "loss",
+    "grad_norm": "gradient",
 }
+PROFILE_COLUMNS = {"kind": "kind", "milliseconds": "ms", "share": "% of it", "calls": "calls"}
 # What tells one way to run from another.
 NAMING = ("model", "layers", "zero", "checkpoints", "tiles")
 LEGEND_COLUMNS, LEGEND_INCHES = 2, 0.15
 NOTE = (
     "GPU GiB: allocated by PyTorch, without CUDA's context and NCCL's buffers; host GiB: resident "
     "memory of a process, pinned: page-locked; all of the rank that has most. plan: the planner's; "
-    "off %: of what was measured"
+    "off %: of what was measured; loss: the first step's, before its update; gradient: its norm, "
+    "before it is clipped"
 )
 
 
@@ -68,7 +72,9 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
         "resident_gib": scaled(row.get("resident_bytes"), 1 / GIB),
         "pinned_gib": scaled(row.get("pinned_bytes"), 1 / GIB),
         "predicted_host_gib": scaled(row.get("predicted_host_bytes"), 1 / GIB),
+        "num_documents": row.get("num_documents"),
         "loss": row.get("loss"),
+        "grad_norm": row.get("grad_norm"),
         **({} if reason is None else {"reason": reason}),
     }
 
@@ -84,12 +90,63 @@ def checkpoints(row: dict[str, Any]) -> str:
 def describe(record: dict[str, Any], folder: Path) -> str:
     """What is printed: the table, and where the files are."""
     where = record["environment"]
+    options = record["options"]
+    weights = "weights of checkpoints" if options["checkpoint"] else "random weights"
+    tokens = f"tokens of {options['text']}" if options["text"] else "random tokens"
     title = (
-        f"one training step, {where['world']} x {where['chip']}, {record['options']['dtype']}, "
-        f"random weights and tokens; planned as {record['gpu'] or 'nothing that is known'}"
+        f"one training step, {where['world']} x {where['chip']}, {options['dtype']}, {weights}, "
+        f"{tokens}; planned as {record['gpu'] or 'nothing that is known'}"
     )
-    table = format_table(COLUMNS, [table_row(row) for row in record["cases"]])
-    return "\n\n".join([title, table, NOTE, f"written to {folder}"])
+    rows = record["cases"]
+    sections = [title, format_table(COLUMNS, [table_row(row) for row in rows]), NOTE]
+    sections += ["\n".join(part) for part in (_ratios(rows), _longest(record["longest"])) if part]
+    sections += [_profile(row) for row in rows if "profile" in row]
+    return "\n\n".join([*sections, f"written to {folder}"])
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """Models run alike, compared with the first of them."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("seconds") is not None:
+            shown = table_row(row)
+            way = tuple(shown[name] for name in ("zero", "checkpoints", "tiles"))
+            alike.setdefault((row["tokens"], row["documents"], *way), []).append(row)
+    return [
+        f"{human_bytes(first['tokens'])} tokens: a step of {_name(other)} takes "
+        f"{other['seconds'] / first['seconds']:.2f} times as long as one of {_name(first)}"
+        for first, *others in alike.values()
+        for other in others
+    ]
+
+
+def _longest(found: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for each in found:
+        fits = "none ran" if each["fits"] is None else f"{each['fits']:,} tokens ran"
+        fails = "" if each["fails"] is None else f", {each['fails']:,} did not ({each['reason']})"
+        plan = "" if each["planned"] is None else f"; planned {each['planned']:,}"
+        lines.append(f"longest, {_name(each)}, {each['setting']}: {fits}{fails}{plan}")
+    return lines
+
+
+def _profile(row: dict[str, Any]) -> str:
+    *_, whole = row["profile"]
+    shown = [
+        {
+            **each,
+            "milliseconds": each["seconds"] * 1e3,
+            "share": 100 * each["seconds"] / whole["seconds"],
+        }
+        for each in row["profile"]
+    ]
+    table = format_table(PROFILE_COLUMNS, shown)
+    return f"what a step of {_name(row)} at {human_bytes(row['tokens'])} tokens goes into\n{table}"
+
+
+def _name(row: dict[str, Any]) -> str:
+    shown = Path(row["model"]).name or row["model"]
+    return shown if row["softmax_layers"] is None else f"{shown} {row['softmax_layers']}"
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -105,12 +105,12 @@ def overlap(events: Sequence[Mapping[str, Any]]) -> Overlap | None:
     if not busy:
         return None
     main = max(computing, key=lambda stream: computing[stream])
-    side = _union(span for stream, spans in busy.items() if stream != main for span in spans)
-    covered = _union(busy[main])
-    return Overlap(side_us=_length(side), hidden_us=_length(_intersection(side, covered)))
+    side = union(span for stream, spans in busy.items() if stream != main for span in spans)
+    covered = union(busy[main])
+    return Overlap(side_us=length_of(side), hidden_us=length_of(_intersection(side, covered)))
 
 
-def _union(spans: Iterable[Interval]) -> list[Interval]:
+def union(spans: Iterable[Interval]) -> list[Interval]:
     """Disjoint intervals that cover the same time, in order."""
     merged: list[Interval] = []
     for start, stop in sorted(spans):
@@ -135,5 +135,6 @@ def _intersection(left: Sequence[Interval], right: Sequence[Interval]) -> list[I
     return common
 
 
-def _length(spans: Iterable[Interval]) -> float:
+def length_of(spans: Iterable[Interval]) -> float:
+    """Of disjoint intervals together."""
     return sum(stop - start for start, stop in spans)

@@ -293,13 +293,7 @@ def _host(model: ModelShape, setting: Setting, cluster: Cluster, length: int) ->
     # at a time; what is offloaded comes after that.
     loaded = e * (_largest(model) if setting.stage == 3 else model.parameters)
     states = sharded_states(model.parameters, setting).host
-    inputs = attention = 0.0
-    if setting.offload_activations:
-        inputs = model.num_layers * _in_pages(layer_input(model, setting, length))
-        if setting.keep_attention:
-            lse = 4.0 * setting.local_tokens(length) * model.config.num_attention_heads
-            out = kept_attention(model, setting, length) - lse
-            attention = model.count(SOFTMAX) * (_in_pages(out) + _in_pages(lse))
+    inputs, attention = offloaded_activations(model, setting, length)
     return {
         "processes": HOST_PROCESS * ranks,
         "offloaded optimizer": states * ranks,
@@ -309,8 +303,28 @@ def _host(model: ModelShape, setting: Setting, cluster: Cluster, length: int) ->
     }
 
 
+def offloaded_activations(model: ModelShape, setting: Setting, length: int) -> tuple[float, float]:
+    """Bytes of one rank's host pages for layer inputs, and for what is kept of attention."""
+    inputs = attention = 0.0
+    if setting.offload_activations:
+        inputs = model.num_layers * _in_pages(layer_input(model, setting, length))
+        if setting.keep_attention:
+            lse = 4.0 * setting.local_tokens(length) * model.config.num_attention_heads
+            out = kept_attention(model, setting, length) - lse
+            attention = model.count(SOFTMAX) * (_in_pages(out) + _in_pages(lse))
+    return inputs, attention
+
+
 def _in_pages(num_bytes: float) -> float:
     return HOST_PAGE * math.ceil(num_bytes / HOST_PAGE)
 
 
-__all__ = ["Memory", "States", "kept_attention", "layer_input", "memory", "sharded_states"]
+__all__ = [
+    "Memory",
+    "States",
+    "kept_attention",
+    "layer_input",
+    "memory",
+    "offloaded_activations",
+    "sharded_states",
+]

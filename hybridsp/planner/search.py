@@ -115,20 +115,15 @@ def settings(job: Job) -> Iterator[Setting]:
     """Every setting of a job."""
     config, gpus, batch = job.model.config, job.cluster.gpus, job.batch
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    dtype_bytes = DTYPE_BYTES[job.dtype]
     for sp in (n for n in range(1, gpus + 1) if gpus % n == 0 and batch % (gpus // n) == 0):
         ring, ulysses = choose_degrees(sp, heads, kv_heads, job.cluster.local)
+        whole = Setting(
+            gpus=gpus, ring=ring, ulysses=ulysses, stage=1, batch=batch, dtype_bytes=dtype_bytes
+        )
         for (stage, offload), tile, layers in product(STAGES, (None, TILE), _layers(job.model)):
-            yield Setting(
-                gpus=gpus,
-                ring=ring,
-                ulysses=ulysses,
-                stage=stage,
-                offload_optimizer=offload,
-                tiled_mlp=tile,
-                batch=batch,
-                dtype_bytes=DTYPE_BYTES[job.dtype],
-                **layers,
-            )
+            way = replace(whole, stage=stage, offload_optimizer=offload, tiled_mlp=tile)
+            yield replace(way, **layers)
 
 
 def _layers(model: ModelShape) -> list[dict[str, bool]]:

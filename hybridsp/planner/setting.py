@@ -31,13 +31,13 @@ class Setting:
     ring: int
     ulysses: int
     stage: int
-    offload_optimizer: bool
-    checkpointing: bool
+    offload_optimizer: bool = False
+    checkpointing: bool = True
     keep_attention: bool = True
     offload_activations: bool = False
     tiled_mlp: int | None = None
-    batch: int
-    dtype_bytes: int
+    batch: int = 1
+    dtype_bytes: int = 2
 
     def __post_init__(self) -> None:
         assert self.checkpointing or not self.offload_activations, "nothing else is offloaded"

@@ -1,13 +1,11 @@
 """Seconds of an optimizer step, part by part, and what bounds each.
 
-A product takes its operations at the rate that products reach, or its bytes at the memory's,
-whichever is longer; everything else on a GPU takes its bytes. What overlaps with something else
-counts only as far as it sticks out. Under checkpointing a layer runs forward twice. An MLP in tiles
-costs no third time, because the recomputation ends where the MLP begins; what it costs is to sum
-the gradients of its weights, which are read and written once per tile.
+What overlaps with something else counts only as far as it sticks out. Under checkpointing a layer
+runs forward twice. An MLP in tiles costs no third time, because the recomputation ends where the
+MLP begins; what it costs is to sum the gradients of its weights, which are read and written once
+per tile. Where the host launches kernels more slowly than the GPU runs them, it is what counts.
 
-Left out: launches (they dominate below some ten thousand tokens per rank), ranks that wait for one
-another, reading data, and evaluation.
+Left out: ranks that wait for one another, reading data, and evaluation.
 """
 
 from __future__ import annotations
@@ -23,20 +21,26 @@ from hybridsp.collectives.cost import (
     hierarchical_plan,
 )
 from hybridsp.planner.hardware import HOST_MEMORY_BANDWIDTH, Cluster
+from hybridsp.planner.kernels import (
+    COMPUTE,
+    MEMORY,
+    elementwise_seconds,
+    launch_seconds,
+    linear_seconds,
+    matmul_rate,
+    model_flops,
+    products_seconds,
+    softmax_seconds,
+)
 from hybridsp.planner.memory import TOKENS_PER_TILE, kept_attention, layer_input
 from hybridsp.planner.model import LINEAR, SOFTMAX, ModelShape
 from hybridsp.planner.setting import Setting
 
-# Times over reading each input and writing each output once; H16 K128 V128, 256K tokens, bf16,
-# measured on an H100 (docs/performance.md).
-GLA_FORWARD, GLA_STEP = 3.6, 4.7
 # The part of a linear layer's kernels that runs while the scan is in flight: about half forward
 # (measured with FLA's), by assumption a fifth backward.
 INTRA_FORWARD, INTRA_BACKWARD = 0.5, 0.2
-# Reads and writes of the fp32 score matrix by plain attention, counted in ops/softmax/plain.py.
-PLAIN_FORWARD, PLAIN_BACKWARD = 12, 20
 
-COMPUTE, MEMORY, PCIE, HOST = "FLOPs", "memory bandwidth", "PCIe", "host memory"
+PCIE, HOST, LAUNCHES = "PCIe", "host memory", "launches"
 NVLINK, NETWORK = "NVLink", "network"
 
 
@@ -78,12 +82,27 @@ class StepTime:
         return max(self.parts.values(), key=lambda part: part.seconds).bound
 
 
-def step_time(model: ModelShape, setting: Setting, cluster: Cluster, length: int) -> StepTime:
-    """What a step on sequences of `length` tokens takes."""
-    micro = _computation(model, setting, cluster, length)
+def step_time(
+    model: ModelShape,
+    setting: Setting,
+    cluster: Cluster,
+    length: int,
+    pairs: float | None = None,
+) -> StepTime:
+    """What a step on sequences of `length` tokens takes.
+
+    Args:
+        model: its shape.
+        setting: how it is run.
+        cluster: on what.
+        length: T.
+        pairs: where a sequence is packed, the part of one document's pairs of tokens that its
+            documents have (`kernels.pairs_of`); None for one document.
+    """
+    micro = _computation(model, setting, cluster, length, pairs)
     computing = sum(part.seconds for part in micro.values())
     micro |= _communication(model, setting, cluster, length, micro)
-    micro |= _beside(model, setting, cluster, length, computing)
+    micro |= _beside(model, setting, cluster, length, pairs, computing)
     parts = {
         name: Part(seconds=part.seconds * setting.accumulation, bound=part.bound)
         for name, part in micro.items()
@@ -91,7 +110,7 @@ def step_time(model: ModelShape, setting: Setting, cluster: Cluster, length: int
     parts |= _update(model, setting, cluster)
     parts = {name: part for name, part in parts.items() if part.seconds > 0}
     seconds = sum(part.seconds for part in parts.values())
-    flops = setting.batch * model_flops(model, length)
+    flops = setting.batch * model_flops(model, length, 1.0 if pairs is None else pairs)
     return StepTime(
         parts=parts,
         tokens=setting.batch * length,
@@ -99,27 +118,8 @@ def step_time(model: ModelShape, setting: Setting, cluster: Cluster, length: int
     )
 
 
-def model_flops(model: ModelShape, length: int) -> float:
-    """Operations of forward and backward on one sequence, each computed once."""
-    c = model.config
-    products = sum(
-        model.count(kind) * sum(rows * columns for rows, columns in model.layer_products(kind))
-        for kind in model.kinds
-    )
-    key_dim, value_dim = c.linear_key_head_dim, c.linear_value_head_dim
-    # Per token: write to the state, read from it, and the pairs inside a chunk of 64.
-    linear = c.linear_num_heads * (4 * key_dim * value_dim + 64 * (key_dim + value_dim))
-    per_token = 2 * (products + model.embedding) + model.count(LINEAR) * linear
-    return 3 * (per_token * length + model.count(SOFTMAX) * _causal_flops(model, length))
-
-
-def _causal_flops(model: ModelShape, length: int) -> float:
-    """Forward, of one softmax layer on one sequence."""
-    return 2 * length**2 * model.config.num_attention_heads * model.config.head_dim
-
-
 def _computation(
-    model: ModelShape, setting: Setting, cluster: Cluster, length: int
+    model: ModelShape, setting: Setting, cluster: Cluster, length: int, pairs: float | None
 ) -> dict[str, Part]:
     tokens = setting.local_tokens(length)
     forwards = 1 + setting.checkpointing
@@ -129,7 +129,7 @@ def _computation(
             # A backward is as much as two forwards.
             seconds=(forwards + 2)
             * sum(
-                count * _elementwise_seconds(model, setting, cluster, kind, tokens)
+                count * elementwise_seconds(model, setting, cluster, kind, tokens)
                 for kind, count in model.kinds.items()
             ),
             bound=MEMORY,
@@ -142,12 +142,12 @@ def _computation(
             seconds=-(-tokens // tile) * of_a_tile / cluster.chip.bandwidth, bound=MEMORY
         )
     if model.count(LINEAR):
-        forward, backward = _linear_seconds(model, setting, cluster, tokens)
+        forward, backward = linear_seconds(model, setting, cluster, tokens)
         parts["linear attention"] = Part(
             seconds=model.count(LINEAR) * (forwards * forward + backward), bound=MEMORY
         )
     if model.count(SOFTMAX):
-        parts["softmax attention"] = _softmax(model, setting, cluster, length)
+        parts["softmax attention"] = _softmax(model, setting, cluster, length, pairs)
     return parts
 
 
@@ -162,97 +162,23 @@ def _all_products(model: ModelShape, setting: Setting, cluster: Cluster, length:
             (model.mixer_products(kind), forwards + 2),
             (model.mlp_products, mlp_forwards + 2),
         ):
-            part = _products(products, setting, cluster, tokens)
+            part = products_seconds(products, setting, cluster, tokens)
             compute, moved = compute + count * times * part[0], moved + count * times * part[1]
             seconds += count * times * part[2]
     return Part(seconds=seconds, bound=COMPUTE if compute > moved else MEMORY)
 
 
-def _products(
-    products: list[tuple[int, int]], setting: Setting, cluster: Cluster, tokens: int
-) -> tuple[float, float, float]:
-    """Seconds of some products: of their operations, of their bytes, and of both together."""
-    rate, e = _matmul_rate(setting, cluster), setting.dtype_bytes
-    work = [2 * tokens * rows * columns / rate for rows, columns in products]
-    moved = [
-        e * (tokens * (rows + columns) + rows * columns) / cluster.chip.bandwidth
-        for rows, columns in products
-    ]
-    return sum(work), sum(moved), sum(map(max, work, moved))
-
-
-def _matmul_rate(setting: Setting, cluster: Cluster) -> float:
-    return cluster.chip.matmul if setting.dtype_bytes == 2 else cluster.chip.float32
-
-
-def _elementwise_seconds(
-    model: ModelShape, setting: Setting, cluster: Cluster, kind: str, tokens: int
-) -> float:
-    """Of one layer, forward."""
-    return tokens * _elementwise_bytes(model, kind, setting.dtype_bytes) / cluster.chip.bandwidth
-
-
-def _elementwise_bytes(model: ModelShape, kind: str, e: int) -> float:
-    """Bytes that a layer's unfused small operations read and write per token, forward."""
-    c = model.config
-    norm, rope, gate = 28 + 4 * e, 9 * e, 5 * e  # per number; gate is silu(a) * b
-    total = 2 * norm * c.hidden_size + 6 * e * c.hidden_size + gate * c.intermediate_size
-    if kind == SOFTMAX:
-        query, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        total += (rope * bool(c.softmax_rope) + norm * bool(c.qk_norm)) * (query + kv)
-        return total + 4 * e * (2 * query + 2 * kv)  # into the all-to-all and out of it
-    query, key, value = model.linear_widths
-    out = c.linear_num_heads * c.linear_value_head_dim
-    total += (rope * bool(c.linear_rope) + norm * bool(c.linear_qk_norm)) * (query + key)
-    total += 10 * e * bool(c.linear_conv_kernel_dim) * (query + key + value)
-    if c.linear_num_key_value_heads < c.linear_num_heads:
-        total += 2 * e * (query + out)  # k and v cloned for their query heads
-    total += (20 + e) * model.gates * (c.linear_decay != "fixed")
-    return total + (norm * bool(c.linear_output_norm) + gate * bool(c.linear_output_gate)) * out
-
-
-def _linear_seconds(
-    model: ModelShape, setting: Setting, cluster: Cluster, tokens: int
-) -> tuple[float, float]:
-    """Forward and backward of one layer's kernels."""
-    c, e = model.config, setting.dtype_bytes
-    keys = tokens * c.linear_num_heads * c.linear_key_head_dim
-    values = tokens * c.linear_num_heads * c.linear_value_head_dim
-    gates = 4 * tokens * model.gates
-    forward = e * (2 * keys + 2 * values) + gates  # q, k, v, g read, o written
-    backward = e * (4 * keys + 3 * values) + 2 * gates  # with do read; dq, dk, dv, dg written
-    seconds = GLA_FORWARD * forward / cluster.chip.bandwidth
-    return seconds, GLA_STEP * (forward + backward) / cluster.chip.bandwidth - seconds
-
-
-def _softmax(model: ModelShape, setting: Setting, cluster: Cluster, length: int) -> Part:
-    forward, backward, bound = _softmax_seconds(model, setting, cluster, length)
+def _softmax(
+    model: ModelShape, setting: Setting, cluster: Cluster, length: int, pairs: float | None
+) -> Part:
+    forward, backward, bound = softmax_seconds(model, setting, cluster, length, pairs)
     each = setting.attention_forwards * forward + backward
     return Part(seconds=model.count(SOFTMAX) * each, bound=bound)
 
 
-def _softmax_seconds(
-    model: ModelShape, setting: Setting, cluster: Cluster, length: int
-) -> tuple[float, float, str]:
-    """Forward and backward of one layer's kernels, and what bounds them."""
-    chip = cluster.chip
-    if setting.fused_attention:
-        flops = _causal_flops(model, length) / setting.sp
-        forward = flops / chip.attention_forward
-        return forward, 3.5 * flops / chip.attention - forward, COMPUTE  # a backward is 2.5
-    # Plain attention computes the masked half of causal blocks too.
-    c, ring = model.config, setting.ring
-    share = 1.0 if ring == 1 else (2 * ring + 1) / (4 * ring**2)
-    pairs = share * length**2 * c.num_attention_heads / setting.ulysses
-    compute = [pairs * c.head_dim * operations / chip.float32 for operations in (4, 10)]
-    moved = [4 * pairs * n / chip.bandwidth for n in (PLAIN_FORWARD, PLAIN_BACKWARD)]
-    bound = COMPUTE if sum(compute) > sum(moved) else MEMORY
-    return compute[0] + moved[0], compute[1] + moved[1], bound
-
-
 def _loss(model: ModelShape, setting: Setting, cluster: Cluster, tokens: int) -> Part:
     """Head and cross-entropy: three products, the logits' small operations, sums of the weight."""
-    compute = 6 * tokens * model.embedding / _matmul_rate(setting, cluster)
+    compute = 6 * tokens * model.embedding / matmul_rate(setting, cluster)
     logits = (34 + setting.dtype_bytes) * tokens * model.config.vocab_size
     sums = (16 + setting.dtype_bytes) * model.embedding * -(-tokens // TOKENS_PER_TILE)
     moved = (logits + sums) / cluster.chip.bandwidth
@@ -285,7 +211,7 @@ def _communication(
         exposed = layers * hops - computation["softmax attention"].seconds
         parts["ring of softmax layers"] = Part(seconds=max(exposed, 0.0), bound=bound)
     if layers := model.count(LINEAR):
-        forward, backward = _linear_seconds(model, setting, cluster, tokens)
+        forward, backward = linear_seconds(model, setting, cluster, tokens)
         state = 4 * c.linear_num_heads * c.linear_key_head_dim * c.linear_value_head_dim
         scan = _scan_seconds(
             cluster.topology(setting.sp), setting.sp, state, 4 * model.gates, c.linear_key_head_dim
@@ -318,10 +244,16 @@ def _scan_seconds(topology: Topology, ranks: int, state: int, decay: int, rows: 
 
 
 def _beside(
-    model: ModelShape, setting: Setting, cluster: Cluster, length: int, computing: float
+    model: ModelShape,
+    setting: Setting,
+    cluster: Cluster,
+    length: int,
+    pairs: float | None,
+    computing: float,
 ) -> dict[str, Part]:
     """What runs beside a micro-batch's computation, as far as that does not hide it."""
-    parts: dict[str, Part] = {}
+    exposed = launch_seconds(model, setting, length) - computing
+    parts = {"launches": Part(seconds=max(exposed, 0.0), bound=LAUNCHES)}
     ranks = setting.gpus
     if ranks > 1:
         e, moved = setting.dtype_bytes, model.parameters * (ranks - 1) / ranks
@@ -336,35 +268,42 @@ def _beside(
         parts["ZeRO's weights and gradients"] = Part(seconds=max(exposed, 0.0), bound=bound)
     if setting.offload_activations:
         parts["activations over PCIe"] = Part(
-            seconds=_offload_seconds(model, setting, cluster, length), bound=PCIE
+            seconds=_offload_seconds(model, setting, cluster, length, pairs), bound=PCIE
         )
     return parts
 
 
-def _offload_seconds(model: ModelShape, setting: Setting, cluster: Cluster, length: int) -> float:
+def _offload_seconds(
+    model: ModelShape, setting: Setting, cluster: Cluster, length: int, pairs: float | None
+) -> float:
     """What a layer's copies take longer than its computation, there and back, of all layers."""
     seconds = 0.0
     for kind, count in model.kinds.items():
         moved = layer_input(model, setting, length)
         if kind == SOFTMAX and setting.keep_attention:
             moved += kept_attention(model, setting, length)
-        for computing in _layer_seconds(model, setting, cluster, length, kind):
+        for computing in _layer_seconds(model, setting, cluster, length, pairs, kind):
             seconds += count * max(moved / cluster.chip.pcie - computing, 0.0)
     return seconds
 
 
 def _layer_seconds(
-    model: ModelShape, setting: Setting, cluster: Cluster, length: int, kind: str
+    model: ModelShape,
+    setting: Setting,
+    cluster: Cluster,
+    length: int,
+    pairs: float | None,
+    kind: str,
 ) -> tuple[float, float]:
     """One layer's computation forward and, recomputed first, backward."""
     tokens = setting.local_tokens(length)
-    once = _products(model.layer_products(kind), setting, cluster, tokens)[2]
-    once += _elementwise_seconds(model, setting, cluster, kind, tokens)
+    once = products_seconds(model.layer_products(kind), setting, cluster, tokens)[2]
+    once += elementwise_seconds(model, setting, cluster, kind, tokens)
     if kind == SOFTMAX:
-        forward, backward, _ = _softmax_seconds(model, setting, cluster, length)
+        forward, backward, _ = softmax_seconds(model, setting, cluster, length, pairs)
         backward += (setting.attention_forwards - 1) * forward
     else:
-        forward, backward = _linear_seconds(model, setting, cluster, tokens)
+        forward, backward = linear_seconds(model, setting, cluster, tokens)
         backward += forward
     return once + forward, 3 * once + backward
 
@@ -392,4 +331,4 @@ def _update(model: ModelShape, setting: Setting, cluster: Cluster) -> dict[str, 
     return parts
 
 
-__all__ = ["Part", "StepTime", "model_flops", "step_time"]
+__all__ = ["Part", "StepTime", "step_time"]
