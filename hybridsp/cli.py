@@ -3,6 +3,7 @@
     hybridsp convert SRC DST --softmax-layers 0.25
     hybridsp plan MODEL --gpus 8 --gpu h100-80 --seq 1M
     hybridsp bench linear --tokens-per-rank 32K
+    hybridsp doctor
 
 A subcommand is one function that adds its parser and one that runs it; list the first in
 `SUBCOMMANDS` and it is there. Whatever is slow to import is imported by the second, so that help
@@ -18,6 +19,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 # name -> (module with add_arguments(parser) and run(args), what it measures)
@@ -26,6 +28,7 @@ BENCHES = {
     "linear": ("hybridsp.bench.linear", "linear attention: memory floor, FLA, SP methods"),
     "softmax": ("hybridsp.bench.softmax", "softmax attention: kernels, ring x Ulysses, balance"),
     "step": ("hybridsp.bench.step", "one training step: time and memory, beside the plan's"),
+    "alst": ("hybridsp.bench.alst", "the rival: DeepSpeed's own ALST on the dense model"),
     "tune": ("hybridsp.bench.tune", "find the fastest launches of the kernels on this chip"),
 }
 
@@ -236,7 +239,45 @@ def _size(text: str) -> int:
     return 1024 * size(f"{text[:-1]}G") if text.endswith("T") else size(text)
 
 
-SUBCOMMANDS = (add_convert, add_plan, add_bench)
+def add_doctor(subcommands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    """`hybridsp doctor`: what will be used on this machine, and what has to be mended."""
+    parser = subcommands.add_parser(
+        "doctor",
+        parents=[common],
+        allow_abbrev=False,
+        help="check this machine and its collectives: what will be used, what is missing",
+        description="Check GPUs, links, NCCL, shared and host memory, disk, versions and kernels; "
+        "under a launcher, as in `torchrun --nproc-per-node 8 -m hybridsp.cli doctor`, run each "
+        "collective once as well. Exit code 1 if anything fails.",
+    )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="RECIPE",
+        help="a recipe, or the folder written by `hybridsp plan --out`, whose needs to compare",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results will go; default the plan's, or ."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
+    parser.add_argument(
+        "--time-limit",
+        type=_size,
+        default=120,
+        metavar="SECONDS",
+        help="of each collective; default %(default)s",
+    )
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    """Run `hybridsp doctor`."""
+    from hybridsp.doctor.command import run
+
+    run(args)
+
+
+SUBCOMMANDS = (add_convert, add_plan, add_doctor, add_bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

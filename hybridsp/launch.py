@@ -60,6 +60,11 @@ def rank_from_environment(environment: Mapping[str, str] | None = None) -> Rank:
     return Rank()
 
 
+def variables(*prefixes: str) -> dict[str, str]:
+    """This process's environment variables whose names begin with one of `prefixes`."""
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
 def init_distributed(timeout: timedelta = COLLECTIVE_TIMEOUT) -> torch.device:
     """Join the job's process group, unless that is done, and choose this rank's device.
 
@@ -134,4 +139,4 @@ def _init_process_group(backend: str, timeout: timedelta, device: torch.device |
         ) from error
 
 
-__all__ = ["COLLECTIVE_TIMEOUT", "Rank", "init_distributed", "rank_from_environment"]
+__all__ = ["COLLECTIVE_TIMEOUT", "Rank", "init_distributed", "rank_from_environment", "variables"]

@@ -25,9 +25,9 @@ LAYERS = [
     "attention loss memory",
     "models",
     "parallelize adapters engine sharding data convert checkpoint recipe deepspeed_config "
-    "pretrained metrics curriculum lora planner self_check trainer",
+    "pretrained prepare metrics curriculum lora planner self_check trainer",
     "hybridsp",  # the public surface, hybridsp/__init__.py
-    "cli bench train",
+    "cli bench doctor train",
 ]
 # One device's mathematics and the transport between devices do not know each other.
 STRANGERS = [("ops", "collectives"), ("collectives", "ops")]

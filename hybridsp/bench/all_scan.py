@@ -9,8 +9,11 @@ message of the same bytes to the next rank, and an all-gather of them. The colum
                 next rank reached in this run
     us/hop      the time over the messages that follow one another on the way to the last rank
 
+    model       what the algorithm's formula says with the latency and bandwidth fitted to its rows
+
 An algorithm that cannot run here is a row that says why. From the rows come each algorithm's
-effective latency and bandwidth, and a picture up to 1,024 ranks: see `cost_model`.
+effective latency and bandwidth, a table of what they mean for more ranks beside the ZeCO paper's,
+and a picture up to 1,024 ranks: see `cost_model`.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ COLUMNS = {
     "us": "us",
     "us_p10": "p10",
     "us_p90": "p90",
+    "model_us": "model",
     "sent": "sent/rank",
     "percent_of_wire": "% wire",
     "us_per_hop": "us/hop",
@@ -155,6 +159,11 @@ def _write(record: dict[str, Any], included: list[Measured], folder: Path) -> No
     points = [*scans_measured(rows), *included]
     fits = cost_model.fit_all(points)
     record["fits"] = {name: fitted.as_json() for name, fitted in fits.items()}
+    record["predictions"] = cost_model.predictions(points, fits)
+    for row in rows:
+        if "seconds" in row and row["scan"] is not None and row["scan"]["algorithm"] in fits:
+            scan = Scan(**row["scan"])
+            row["model_seconds"] = scan.seconds(fits[scan.algorithm].link)
     write_json(folder / "all-scan.json", record)
     references = [row for row in rows if row["direction"] is None and "seconds" in row]
     cost_model.draw(points, references, fits, folder / "all-scan.png", _title(record))
@@ -246,6 +255,7 @@ def describe(record: dict[str, Any], fits: dict[str, Fit], folder: Path) -> str:
             "us": scaled(row.get("seconds"), 1e6),
             "us_p10": scaled(row.get("seconds_p10"), 1e6),
             "us_p90": scaled(row.get("seconds_p90"), 1e6),
+            "model_us": scaled(row.get("model_seconds"), 1e6),
             "sent": human_bytes(row["bytes_sent"]) if "bytes_sent" in row else None,
             "percent_of_wire": scaled(row.get("fraction_of_wire"), 100),
             "us_per_hop": scaled(row.get("seconds_per_hop"), 1e6),
@@ -262,8 +272,20 @@ def describe(record: dict[str, Any], fits: dict[str, Fit], folder: Path) -> str:
     parts = [_title(record), format_table(COLUMNS, shown)]
     if lines:
         parts.append("\n".join(["effective links (fit; what the dashed lines extend):", *lines]))
+        parts.append(_told(record))
     parts += record["traces"]
     return "\n\n".join([*parts, f"written to {folder}"])
+
+
+def _told(record: dict[str, Any]) -> str:
+    """The table of more ranks."""
+    nearest = human_bytes(cost_model.PAPER_STATE_BYTES)
+    title = (
+        f"us at the state nearest to the paper's {nearest}, on the most ranks measured and on "
+        "more, if every link were like those of this run (the model) or the paper's own"
+    )
+    table = format_table(cost_model.PREDICTION_COLUMNS, record["predictions"])
+    return f"{title}\n\n{table}"
 
 
 def _shown_name(row: dict[str, Any]) -> str:

@@ -39,6 +39,13 @@ PAPER_MS = {
     "All-Scan": (0.226, 0.297, 0.448, 0.739, 1.272, 2.165),
 }
 PAPER_STATE_BYTES = 32 * 128 * 128 * 4  # as fp32; the paper does not say
+RANKS_TOLD = (8, 64, 256)
+PREDICTION_COLUMNS = {
+    "name": "algorithm",
+    "measured_us": "measured",
+    "model_us": "model",
+    **{f"model_us_{ranks}": f"{ranks} ranks" for ranks in RANKS_TOLD},
+}
 COLORS = {
     "chain": "C0",
     "doubling": "C1",
@@ -215,6 +222,47 @@ def fit_all(points: Sequence[Measured]) -> dict[str, Fit]:
     return found
 
 
+def predictions(points: Sequence[Measured], fits: dict[str, Fit]) -> list[dict[str, Any]]:
+    """Each algorithm at the state nearest to the paper's, and what the paper measured.
+
+    Returns:
+        Rows of `PREDICTION_COLUMNS`, microseconds: measured on the most ranks there are, by the
+        model there, by the model on `RANKS_TOLD` if every link were like the one it was fitted to.
+        The paper's own figures stand in the columns of its ranks.
+    """
+    if not points:
+        return []
+    size, most = _nearest_to_paper(points), max(point.scan.ranks for point in points)
+    here = [p for p in points if p.scan.state_bytes == size and p.scan.ranks == most]
+    rows: list[dict[str, Any]] = []
+    for algorithm, mine in _by_algorithm(here).items():
+        if algorithm in fits:
+            link, scan = fits[algorithm].link, mine[0].scan
+            told = {ranks: 1e6 * scan.at(ranks, link).seconds(link) for ranks in RANKS_TOLD}
+            rows.append(
+                {
+                    "name": algorithm,
+                    "measured_us": 1e6 * sum(point.seconds for point in mine) / len(mine),
+                    "model_us": 1e6 * scan.seconds(link),
+                    **_by_ranks(told),
+                }
+            )
+    for name, milliseconds in PAPER_MS.items():
+        told = {n: 1e3 * ms for n, ms in zip(PAPER_RANKS, milliseconds, strict=True)}
+        rows.append({"name": f"{name}, ZeCO paper", **_by_ranks(told)})
+    return rows
+
+
+def _by_ranks(microseconds: dict[int, float]) -> dict[str, float]:
+    return {f"model_us_{ranks}": microseconds[ranks] for ranks in RANKS_TOLD}
+
+
+def _nearest_to_paper(points: Sequence[Measured]) -> int:
+    """The measured state whose bytes are nearest to the paper's."""
+    sizes = {point.scan.state_bytes for point in points}
+    return min(sizes, key=lambda size: abs(log2(size / PAPER_STATE_BYTES)))
+
+
 def draw(
     points: Sequence[Measured],
     references: Sequence[dict[str, Any]],
@@ -276,8 +324,7 @@ def _draw_by_bytes(axes: Any, points: Sequence[Measured], fits: dict[str, Fit]) 
 
 
 def _draw_by_ranks(axes: Any, points: Sequence[Measured], fits: dict[str, Fit]) -> None:
-    sizes = {point.scan.state_bytes for point in points}
-    shown = min(sizes, key=lambda size: abs(log2(size / PAPER_STATE_BYTES)))
+    shown = _nearest_to_paper(points)
     axes.set_title(f"state of {human_bytes(shown)} (paper: {human_bytes(PAPER_STATE_BYTES)})")
     of_size = [point for point in points if point.scan.state_bytes == shown]
     for algorithm, mine in _by_algorithm(of_size).items():

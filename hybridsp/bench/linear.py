@@ -47,17 +47,19 @@ from hybridsp.bench.report import (
     write_json,
 )
 from hybridsp.bench.timing import Times, copy_bandwidth, measure, seconds_of_first
+from hybridsp.collectives.all_scan import ALGORITHMS
 from hybridsp.mesh import SPMesh
 from hybridsp.metrics import GIB
 from hybridsp.ops.gla.contract import BACKENDS
 
-LOCAL = "local"
+LOCAL, ZECO = "local", "zeco"
 PASSES: dict[str, Callable[[Op, Inputs], Any]] = {"fwd": forward, "fwd+bwd": forward_backward}
 DEFAULT_TOKENS = {"cuda": (2**13, 2**15, 2**17), "cpu": (2**9, 2**11)}
 # Kernels are keyed by head sizes, not by length: compile and tune where a call is cheap.
 FIRST_CALL_TOKENS = 2048
 COLUMNS = {
     "method": "method",
+    "scan": "scan",
     "backend": "backend",
     "tokens_shown": "tokens/rank",
     "forward_ms": "fwd ms",
@@ -91,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names(METHODS),
         metavar="NAME,...",
         help=f"of {', '.join(METHODS)}; default all of them, none in a job of one rank",
+    )
+    parser.add_argument(
+        "--algorithms",
+        type=names(ALGORITHMS),
+        default=("auto",),
+        metavar="NAME,...",
+        help=f"of the All-Scan under zeco, of {', '.join(ALGORITHMS)}; default auto",
     )
     parser.add_argument(
         "--backends",
@@ -153,9 +162,10 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[st
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row: a method, a backend and a shape."""
+    """One row: a method, under zeco the scan's algorithm, a backend and a shape."""
 
     method: str
+    algorithm: str | None
     backend: str
     shape: Shape
 
@@ -163,19 +173,27 @@ class Case:
         """What is timed."""
         if self.method == LOCAL:
             return local_op(self.backend)
-        return parallel_op(self.method, self.backend, mesh)
+        return parallel_op(self.method, self.algorithm or "auto", self.backend, mesh)
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What it is called apart from its length."""
+        return tuple(filter(None, (self.method, self.algorithm, self.backend)))
 
 
 def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
     """All rows, `local` before what is compared with it."""
     methods = args.methods or (METHODS if mesh.world_size > 1 else ())
-    pairs = [(LOCAL, backend) for backend in args.backends]
-    pairs += [(method, name) for method in methods for name in args.backends if name != FLA]
+    kinds = [(LOCAL, None, backend) for backend in args.backends]
+    for method in methods:
+        algorithms = args.algorithms if method == ZECO else (None,)
+        ours = [name for name in args.backends if name != FLA]
+        kinds += [(method, algorithm, name) for algorithm in algorithms for name in ours]
     lengths = args.tokens_per_rank or DEFAULT_TOKENS[mesh.device.type]
     return [
-        Case(method=method, backend=backend, shape=shape_of(args, tokens))
+        Case(method=method, algorithm=algorithm, backend=backend, shape=shape_of(args, tokens))
         for tokens in lengths
-        for method, backend in pairs
+        for method, algorithm, backend in kinds
     ]
 
 
@@ -197,19 +215,18 @@ def measure_cases(
     """Every case's row, and a line for each trace. Collective."""
     todo = cases(args, mesh)
     longest = max(case.shape.tokens for case in todo)
-    first_calls: dict[tuple[str, str], float] = {}
+    first_calls: dict[tuple[str, ...], float] = {}
     rows, traces = [], []
     for case in tqdm(todo, desc="linear", unit="case", disable=mesh.rank > 0):
-        key = case.method, case.backend
-        work = partial(_measure, case, args, mesh, first_calls.get(key))
+        work = partial(_measure, case, args, mesh, first_calls.get(case.kind))
         result, reason = attempt(work, mesh, foreign=case.backend == FLA)
         if result is None:
             result = {"times": {}}
-        elif key not in first_calls:
-            first_calls[key] = result["first_call_seconds"]
+        elif case.kind not in first_calls:
+            first_calls[case.kind] = result["first_call_seconds"]
         rows.append(_row(case, result, reason, bandwidth))
         if args.trace and reason is None and case.shape.tokens == longest:
-            path = folder / f"trace-{case.method}-{case.backend}-{longest}.json"
+            path = folder / f"trace-{'-'.join(case.kind)}-{longest}.json"
             traces.append(_trace(case, args, mesh, path))
     _add_taxes(rows)
     return rows, traces
@@ -251,6 +268,7 @@ def _row(
         }
     return {
         "method": case.method,
+        "algorithm": case.algorithm,
         "backend": case.backend,
         "tokens_per_rank": case.shape.tokens,
         "passes": passes,
@@ -308,6 +326,7 @@ def table_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         shown.append(
             {
                 "method": row["method"],
+                "scan": row["algorithm"],
                 "backend": row["backend"],
                 "tokens_shown": human_bytes(row["tokens_per_rank"]),
                 "forward_ms": scaled(forward_pass.get("seconds"), 1e3),
@@ -359,21 +378,22 @@ def draw(rows: list[dict[str, Any]], path: Path, where: dict[str, Any]) -> None:
 
 
 def _curves(rows: list[dict[str, Any]], name: str) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    for pair in dict.fromkeys((row["method"], row["backend"]) for row in rows):
+    kinds = [(row["method"], row["algorithm"], row["backend"]) for row in rows]
+    for kind in dict.fromkeys(kinds):
         points = [
             (row["tokens_per_rank"], 1e3 * row["passes"][name]["seconds"])
-            for row in rows
-            if (row["method"], row["backend"]) == pair and name in row["passes"]
+            for row, of_row in zip(rows, kinds, strict=True)
+            if of_row == kind and name in row["passes"]
         ]
         if points:
-            yield ", ".join(pair), sorted(points)
+            yield ", ".join(filter(None, kind)), sorted(points)
 
 
 def _options(args: argparse.Namespace, mesh: SPMesh) -> dict[str, Any]:
-    asked = ("heads", "key_dim", "value_dim", "decay", "dtype", "backends", "passes", "repeats")
+    asked = ("heads", "key_dim", "value_dim", "decay", "dtype", "backends", "algorithms", "passes")
     todo = cases(args, mesh)
     return {
-        **{name: getattr(args, name) for name in asked},
+        **{name: getattr(args, name) for name in (*asked, "repeats")},
         "methods": list(dict.fromkeys(case.method for case in todo)),
         "tokens_per_rank": list(dict.fromkeys(case.shape.tokens for case in todo)),
     }

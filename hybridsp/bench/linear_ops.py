@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hybridsp.attention import linear_attention
 from hybridsp.attention.linear import Method
+from hybridsp.collectives.all_scan import Algorithm
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.gla import gated_linear_attention
 
@@ -123,12 +124,15 @@ def local_op(backend: str) -> Op:
     return ours
 
 
-def parallel_op(method: str, backend: str, mesh: SPMesh) -> Op:
+def parallel_op(method: str, algorithm: str, backend: str, mesh: SPMesh) -> Op:
     """The layer over the mesh: the tokens are this rank's share of the sequence."""
-    known = cast("Method", method)  # or it is refused
+    # Those that are unknown are refused.
+    how, scan = cast("Method", method), cast("Algorithm", algorithm)
 
     def layer(x: Inputs) -> Tensor:
-        return linear_attention(x.q, x.k, x.v, x.g, mesh=mesh, method=known, backend=backend)
+        return linear_attention(
+            x.q, x.k, x.v, x.g, mesh=mesh, method=how, algorithm=scan, backend=backend
+        )
 
     return layer
 

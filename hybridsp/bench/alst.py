@@ -1,0 +1,211 @@
+"""`hybridsp bench alst`: the rival, DeepSpeed's own ALST on the dense model, on the same GPUs.
+
+One training step of a dense model with random weights under Ulysses, tiled MLP and loss, activation
+checkpoints on the host and ZeRO-3, all of them DeepSpeed's (`alst_model`). The columns are those of
+`hybridsp bench step`, and FLOPs are counted by the same formula, so that rows of both can stand in
+one table: start both on the same ranks, with the same tokens. What ALST refuses (heads that do not
+divide by the ranks) or what runs out of memory is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hybridsp.bench.alst_model import KERNELS, make_alst
+from hybridsp.bench.job import attempt_each, job, one_voice
+from hybridsp.bench.options import names, size, sizes
+from hybridsp.bench.report import environment, format_table, make_folder, write_json
+from hybridsp.bench.step import row_of
+from hybridsp.bench.step_case import WARMUP_STEPS, Case, free, known_gpu
+from hybridsp.bench.step_report import COLUMNS, draw, table_row
+from hybridsp.bench.timing import measure
+from hybridsp.mesh import SPMesh
+from hybridsp.planner import GPUS, Setting, load_shape
+from hybridsp.planner.kernels import model_flops
+from hybridsp.planner.model import LINEAR
+from hybridsp.planner.presets import PRESETS
+from hybridsp.planner.search import DTYPE_BYTES
+from hybridsp.train.console import keep_quiet
+
+DEFAULT_TOKENS = {"cuda": (2**15, 2**17), "cpu": (2**8,)}
+RECORDED = (
+    *("model", "tokens_per_rank", "stage", "offload_optimizer", "offload_activations"),
+    *("tiled_mlp", "kernel", "dtype", "steps", "seed"),
+)
+SHOWN = (
+    *("model", "tokens_shown", "zero", "checkpoints", "seconds", "tokens_per_second"),
+    *("mfu_percent", "peak_gib", "loss"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `hybridsp bench alst`."""
+    parser.add_argument(
+        "--model",
+        type=lambda text: tuple(dict.fromkeys(text.split(","))),
+        default=("llama-1b",),
+        metavar="NAME,...",
+        help=f"dense: of {', '.join(PRESETS)}, or folders with config.json; default llama-1b",
+    )
+    parser.add_argument(
+        "--tokens-per-rank",
+        type=sizes,
+        metavar="L,...",
+        help="default 32K,128K on GPUs, 256 on CPUs",
+    )
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2, 3), default=3, help="of ZeRO; default 3"
+    )
+    for name, default, what in (
+        ("--offload-activations", "on", "keep layer inputs in host memory"),
+        ("--offload-optimizer", "off", "AdamW on the host"),
+    ):
+        parser.add_argument(
+            name,
+            type=names(("off", "on")),
+            default=(default,),
+            metavar="on|off",
+            help=f"{what}; `off,on` for both; default {default}",
+        )
+    parser.add_argument(
+        "--tiled-mlp",
+        type=size,
+        metavar="TOKENS",
+        help="that an MLP computes at a time, at most; default ALST's: the model's width",
+    )
+    parser.add_argument(
+        "--kernel",
+        choices=tuple(KERNELS),
+        help="of softmax attention; default cudnn on GPUs, PyTorch's choice on CPUs",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bf16", help="default bf16")
+    parser.add_argument(
+        "--steps",
+        type=size,
+        default=2,
+        metavar="N",
+        help="timed, behind one that warms up; default %(default)s",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens; default 0")
+    parser.add_argument(
+        "--gpu",
+        choices=tuple(GPUS),
+        help="the planner's name of this GPU; default: by the name the driver tells",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results; default bench_results/alst-DATE-TIME",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `hybridsp bench alst`."""
+    with job() as whole:
+        keep_quiet(is_main=whole.rank == 0)
+        on_gpu = whole.device.type == "cuda"
+        args.tokens_per_rank = args.tokens_per_rank or DEFAULT_TOKENS[whole.device.type]
+        with one_voice():
+            if args.kernel is not None and not on_gpu:
+                raise ValueError(f"--kernel {args.kernel} needs CUDA, and this job has none")
+            args.kernel = args.kernel or ("cudnn" if on_gpu else None)
+            todo = cases(args, whole)
+            folder = whole.on_rank_zero(make_folder, "alst", args.out)
+        record = measure_all(args, todo, SPMesh(ulysses=whole.world_size))
+        if whole.rank == 0:
+            write_json(folder / "alst.json", record)
+            draw(record, folder / "alst.png")
+            print(describe(record, folder))
+
+
+def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
+    """All rows.
+
+    Raises:
+        ValueError: a model that cannot be read, or is not dense.
+    """
+    for model in args.model:
+        if load_shape(model).count(LINEAR):
+            raise ValueError(f"--model {model} has linear attention, which ALST cannot cut: give a "
+                             "dense model, such as llama-1b")  # fmt: skip
+    switches = product(args.offload_optimizer, args.offload_activations)
+    settings = [
+        Setting(
+            gpus=mesh.world_size,
+            ring=1,
+            ulysses=mesh.world_size,
+            stage=args.stage,
+            offload_optimizer=optimizer == "on",
+            checkpointing=True,
+            keep_attention=False,
+            offload_activations=activations == "on",
+            tiled_mlp=args.tiled_mlp,
+            batch=1,
+            dtype_bytes=DTYPE_BYTES[args.dtype],
+        )
+        for optimizer, activations in switches
+    ]
+    return [
+        Case(
+            model=model,
+            softmax_layers=None,
+            setting=setting,
+            tokens_per_rank=tokens,
+            seed=args.seed,
+        )
+        for model, tokens, setting in product(args.model, args.tokens_per_rank, settings)
+    ]
+
+
+def measure_all(args: argparse.Namespace, todo: list[Case], mesh: SPMesh) -> dict[str, Any]:
+    """The record of a run. Collective."""
+    gpu, rows = args.gpu or known_gpu(mesh), []
+
+    def work(case: Case) -> dict[str, Any]:
+        return take_steps(case, mesh, kernel=args.kernel, steps=args.steps)
+
+    for case, figures, reason in attempt_each(todo, work, mesh, name="alst"):
+        free(mesh)
+        rows.append(row_of(case, figures or {}, {}, gpu, reason))
+    return {
+        "bench": "alst",
+        "environment": environment(mesh),
+        "gpu": gpu,
+        "options": {name: getattr(args, name) for name in RECORDED},
+        "cases": rows,
+    }
+
+
+def take_steps(case: Case, mesh: SPMesh, *, kernel: str | None, steps: int) -> dict[str, Any]:
+    """The figures of a case. Collective over the world; see `step_case.take_steps`."""
+    alst = make_alst(case, mesh, kernel=kernel)
+    losses: list[float] = []
+    try:
+        alst.warm_up(WARMUP_STEPS)
+        times = measure(lambda: losses.append(alst.step()), mesh, repeats=steps, warmup=0)
+    finally:
+        alst.engine.destroy()  # also where memory ran out: the next case needs it
+    return {
+        **times.as_json(),
+        "tokens_per_second": case.length / times.median,
+        "loss": losses[0],
+        "parameters": case.shape.parameters,
+        "flops": model_flops(case.shape, case.length),
+    }
+
+
+def describe(record: dict[str, Any], folder: Path) -> str:
+    """What is printed: the table, and where the files are."""
+    where, options = record["environment"], record["options"]
+    title = (
+        f"one training step of the dense model under DeepSpeed's ALST, {where['world']} x "
+        f"{where['chip']}, {options['dtype']}, attention by {options['kernel'] or 'PyTorch'}, "
+        "random weights and tokens"
+    )
+    columns = {name: COLUMNS[name] for name in SHOWN}
+    table = format_table(columns, [table_row(row) for row in record["cases"]])
+    return "\n\n".join([title, table, f"written to {folder}"])
