@@ -3,9 +3,9 @@
 The other tests over NCCL take one subject each and pay for the start of a job each time. Here one
 job holds everything that has to be seen on a new machine, with the kernels that a training run
 there would take. No rank's answer travels to be judged: inputs are the same on all, so that each
-there would take. No rank's answer travels to be judged: inputs are the same on all, so that each
 computes the whole sequence by itself (layers on its own device, optimizer steps on the CPU) and
 compares its part of it. The same functions run over gloo.
+"""
 
 import functools
 import itertools
