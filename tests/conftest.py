@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import strict
 
 
@@ -27,3 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _strict():
     with strict():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_group_is_left():
+    """Ranks are processes of their own; a group joined here would be in the next tests' way."""
+    yield
+    joined = dist.is_initialized()
+    if joined:
+        dist.destroy_process_group()
+    assert not joined, "the test joined a process group in pytest's own process and left it"

@@ -171,7 +171,8 @@ def test_alst_writes_its_record(tmp_path):
     ],
 )
 def test_what_alst_refuses(line, message):
-    assert message in command(["alst", *line])[2]
+    ((_, _, err),) = run_ranks(command, 1, ["alst", *line])
+    assert message in err
 
 
 def test_tiles_divide_the_length():
