@@ -121,9 +121,13 @@ def test_time_of_what_saves_memory(large, small, monkeypatch):
 
     plain, tiled = seconds(), seconds(tiled_mlp=8 * K)
     sums = tiled.pop("sums over tiles of the MLP")
+    # Tiles are kernels of their own: 25 of each of 16, in 32 layers.
+    started = tiled.pop("starts of kernels") - plain.pop("starts of kernels")
+    assert started == pytest.approx(16 * 25 * 32 * 6e-6)
     assert tiled == plain
-    # 16 tiles; fp32 sums read and written, bf16 gradients read.
-    assert sums == pytest.approx(16 * 10 * 32 * 3 * 4096 * 14336 / 2.974e12)
+    # 16 tiles; fp32 sums read and written, bf16 gradients read; output and gradient put in place.
+    copied = 2 * 2 * 2 * 4096 * K * K / 8
+    assert sums == pytest.approx(32 * (16 * 10 * 3 * 4096 * 14336 + copied) / 2.974e12)
     products = "projections and MLP"
     once = seconds(checkpointing=False)
     again = seconds(checkpointing=False, tiled_mlp=8 * K)

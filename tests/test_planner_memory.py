@@ -28,18 +28,25 @@ def real_parameters(config):
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
+def real_tensors(config):
+    with torch.device("meta"):
+        return len(list(AutoModelForCausalLM.from_config(config).parameters()))
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_parameters_of_dense_models_and_of_their_hybrids(tmp_path, name):
     config = SOURCES[name]
     assert shape_of(tmp_path, config).parameters == real_parameters(config)
     hybrid = hybrid_config(config, 0.25)
     assert shape_of(tmp_path, config, 0.25).parameters == real_parameters(hybrid)
+    assert shape_of(tmp_path, config, 0.25).tensors == real_tensors(hybrid)
     assert shape_of(tmp_path, hybrid).parameters == real_parameters(hybrid)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_parameters_of_hybrids(tmp_path, name):
     assert shape_of(tmp_path, HYBRIDS[name]).parameters == real_parameters(HYBRIDS[name])
+    assert shape_of(tmp_path, HYBRIDS[name]).tensors == real_tensors(HYBRIDS[name])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,12 @@ from hybridsp.collectives.cost import Link, Topology
 GIB = 2**30
 MOST_GPUS = 1024
 MATMUL_SHARE, ATTENTION_SHARE, MEMORY_SHARE, NVLINK_SHARE = 0.76, 0.55, 0.89, 0.80
+# Numbers per second of kernels that broadcast an operand or walk it in another order
+# (`elementwise`), from the profile of one step (H200, 128K tokens): its small kernels take 634 ms,
+# of which the bytes of the others are 243, the starts of all 14,554 are 87, and what tiles copy and
+# sum is 10. The rest is 133e9 such numbers. Per clock and multiprocessor (132 at 1.98 GHz):
+INDEXED = 450e9
+INDEXED_PER_CLOCK = INDEXED / (132 * 1.98e9)
 # Of PCIe's and the network's nominal rate, by assumption: headers and protocol take the rest.
 PCIE_SHARE, NETWORK_SHARE = 0.85, 0.85
 
@@ -43,6 +49,7 @@ class GPU:
             forward and backward together.
         float32: rate of fp32 products, without tensor cores.
         bandwidth: of device memory, read and written bytes together.
+        indexed: numbers, of kernels that work out where each one's operands lie.
         nvlink, pcie: to a neighbour, and to the host.
         measured: names of the fields above that this project measured.
     """
@@ -54,13 +61,20 @@ class GPU:
     attention: float
     float32: float
     bandwidth: float
+    indexed: float
     nvlink: float
     pcie: float
     measured: frozenset[str] = frozenset()
 
 
 def _from_data_sheet(
-    memory: float, peak: float, float32: float, bandwidth: float, nvlink: float, pcie: float
+    memory: float,
+    peak: float,
+    float32: float,
+    bandwidth: float,
+    clocks: float,
+    nvlink: float,
+    pcie: float,
 ) -> GPU:
     return GPU(
         memory=memory,
@@ -70,6 +84,7 @@ def _from_data_sheet(
         attention=ATTENTION_SHARE * peak,
         float32=MATMUL_SHARE * float32,
         bandwidth=MEMORY_SHARE * bandwidth,
+        indexed=INDEXED_PER_CLOCK * clocks,
         nvlink=NVLINK_SHARE * nvlink,
         pcie=PCIE_SHARE * pcie,
     )
@@ -82,14 +97,15 @@ _HOPPER = {
     "attention_forward": 579e12,
     "attention": 542e12,
     "float32": MATMUL_SHARE * 67e12,  # data sheet
+    "indexed": INDEXED,
     "nvlink": 361e9,
     "pcie": PCIE_SHARE * 64e9,  # PCIe 5 x16
 }
 
 GPUS = {
     # NVIDIA A100 80GB data sheet, SXM: 312 TFLOP/s bf16, 19.5 fp32, 2,039 GB/s, NVLink 600 GB/s
-    # both ways, PCIe 4 x16.
-    "a100-80": _from_data_sheet(79 * GIB, 312e12, 19.5e12, 2039e9, 300e9, 32e9),
+    # both ways, PCIe 4 x16; 108 multiprocessors at 1.41 GHz.
+    "a100-80": _from_data_sheet(79 * GIB, 312e12, 19.5e12, 2039e9, 108 * 1.41e9, 300e9, 32e9),
     # 78 GiB and 139 GiB: what PyTorch can allocate, measured.
     "h100-80": GPU(
         memory=78 * GIB, bandwidth=2.974e12, measured=frozenset({"memory", "bandwidth"}), **_HOPPER
@@ -103,8 +119,9 @@ GPUS = {
         **_HOPPER,
     ),
     # NVIDIA DGX B200 data sheet, per GPU: 180 of the chip's 192 GB, 2.25 PFLOP/s dense bf16, 8
-    # TB/s, NVLink 1.8 TB/s both ways, PCIe 5 x16; fp32 75 TFLOP/s from the HGX data sheet.
-    "b200-192": _from_data_sheet(180e9, 2250e12, 75e12, 8e12, 900e9, 64e9),
+    # TB/s, NVLink 1.8 TB/s both ways, PCIe 5 x16; fp32 75 TFLOP/s from the HGX data sheet, hence
+    # 148 multiprocessors at 1.98 GHz.
+    "b200-192": _from_data_sheet(180e9, 2250e12, 75e12, 8e12, 148 * 1.98e9, 900e9, 64e9),
 }
 
 

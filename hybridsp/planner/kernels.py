@@ -2,13 +2,16 @@
 
 A product takes its operations at the rate that products reach, or its bytes at the memory's,
 whichever is longer. Softmax attention takes its operations; a score costs its exponential besides,
-which a narrow head spreads over fewer products. Linear attention and the small operations between
-the kernels (norms, RoPE, silu) take their bytes. In eager PyTorch each of all these is launched by
-the host, which is what bounds a step of few tokens.
+which a narrow head spreads over fewer products. Linear attention takes a multiple of its bytes, and
+the small operations between the kernels (norms, RoPE, silu) are in `elementwise`. In eager PyTorch
+each of all these is a kernel, which takes its time to start, and is launched by the host, which is
+what bounds a step of few tokens.
 """
 
 from __future__ import annotations
 
+from hybridsp.planner.activations import CHUNK
+from hybridsp.planner.elementwise import layer_traffic
 from hybridsp.planner.hardware import Cluster
 from hybridsp.planner.memory import TOKENS_PER_TILE
 from hybridsp.planner.model import LINEAR, SOFTMAX, ModelShape
@@ -16,9 +19,14 @@ from hybridsp.planner.setting import Setting
 
 COMPUTE, MEMORY = "FLOPs", "memory bandwidth"
 
-# Times over reading each input and writing each output once; H16 K128 V128, 256K tokens, bf16,
-# measured on an H100 (docs/performance.md).
-GLA_FORWARD, GLA_STEP = 3.6, 4.7
+# The linear layer's kernels: forward, and forward and backward. What they take is as many times as
+# long as to read each input and write each output once, and so many bytes more for each number of
+# the states that chunks pass on. Solved from two shapes on an H100 (docs/performance.md, 256K
+# tokens): 3.0 and 5.1 times over with heads of 128 x 128, 5.4 and 8.7 with 256 x 512.
+GLA_FORWARD, GLA_STEP = (1.8, 7.2), (3.4, 29.0)
+# They keep an H100's multiprocessors as busy as its memory: an H200's faster memory alone does not
+# help (heads of 64 there, a step's profile: 105 ms, against 97 ms so and 67 by its memory).
+GLA_BYTES_PER_FLOP = 2.974e12 / 989e12
 # Reads and writes of the fp32 score matrix by plain attention, counted in ops/softmax/plain.py.
 PLAIN_FORWARD, PLAIN_BACKWARD = 12, 20
 # What a head of 64 adds to the time that the same operations take in heads of 128. cuDNN on an
@@ -29,11 +37,16 @@ NARROW_FORWARD, NARROW_BACKWARD = 0.44, 0.19
 # TFLOP/s forward, 321 of its 542 in all (measured, H200).
 PACKED_FORWARD, PACKED_STEP = 0.58, 0.59
 # Kernels that a layer launches: forward, again where it is checkpointed, and backward; and a tile
-# of an MLP or of the loss. Counted on the CPU, the attention kernels' own added.
+# of an MLP. Counted on the CPU, the attention kernels' own added. A tile of the loss and, of the
+# update, a parameter tensor: counted in a profile (H200, ZeRO-1, 360 tensors).
 LAUNCHES = {LINEAR: (70, 100), SOFTMAX: (40, 75)}
-LAUNCHES_OF_TILE, LAUNCHES_OF_LOSS_TILE = 25, 18
+LAUNCHES_OF_TILE, LAUNCHES_OF_LOSS_TILE, LAUNCHES_OF_UPDATE = 25, 24, 16
 # Of the host, by assumption: PyTorch's dispatcher, autograd and CUDA's launch.
 LAUNCH_SECONDS = 8e-6
+# What a kernel takes on a GPU beside its bytes or operations: to start, to run out while some
+# multiprocessors are done, and the gap behind it. From the same steps with the MLP in tiles and
+# whole (H200, 64K and 128K tokens), which differ in the number of kernels: 5 to 9 us for each.
+KERNEL_SECONDS = 6e-6
 
 
 def model_flops(model: ModelShape, length: int, pairs: float = 1.0) -> float:
@@ -88,42 +101,30 @@ def matmul_rate(setting: Setting, cluster: Cluster) -> float:
 def elementwise_seconds(
     model: ModelShape, setting: Setting, cluster: Cluster, kind: str, tokens: int
 ) -> float:
-    """Of one layer, forward."""
-    return tokens * elementwise_bytes(model, setting, kind) / cluster.chip.bandwidth
-
-
-def elementwise_bytes(model: ModelShape, setting: Setting, kind: str) -> float:
-    """Bytes that a layer's unfused small operations read and write per token, forward."""
-    c, e = model.config, setting.dtype_bytes
-    norm, rope, gate = 28 + 4 * e, 9 * e, 5 * e  # per number; gate is silu(a) * b
-    total = 2 * norm * c.hidden_size + 6 * e * c.hidden_size + gate * c.intermediate_size
-    if kind == SOFTMAX:
-        query, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        total += (rope * bool(c.softmax_rope) + norm * bool(c.qk_norm)) * (query + kv)
-        # Into the all-to-all and out of it.
-        return total + 4 * e * (2 * query + 2 * kv) * (setting.sp > 1)
-    query, key, value = model.linear_widths
-    out = c.linear_num_heads * c.linear_value_head_dim
-    total += (rope * bool(c.linear_rope) + norm * bool(c.linear_qk_norm)) * (query + key)
-    total += 10 * e * bool(c.linear_conv_kernel_dim) * (query + key + value)
-    if c.linear_num_key_value_heads < c.linear_num_heads:
-        total += 2 * e * (query + out)  # k and v cloned for their query heads
-    total += (20 + e) * model.gates * (c.linear_decay != "fixed")
-    return total + (norm * bool(c.linear_output_norm) + gate * bool(c.linear_output_gate)) * out
+    """Of one layer's small operations, forward."""
+    return tokens * layer_traffic(model, setting, kind).seconds(cluster)
 
 
 def linear_seconds(
     model: ModelShape, setting: Setting, cluster: Cluster, tokens: int
 ) -> tuple[float, float]:
     """Forward and backward of one layer's kernels."""
-    c, e = model.config, setting.dtype_bytes
+    c, e, chip = model.config, setting.dtype_bytes, cluster.chip
     keys = tokens * c.linear_num_heads * c.linear_key_head_dim
     values = tokens * c.linear_num_heads * c.linear_value_head_dim
     gates = 4 * tokens * model.gates
     forward = e * (2 * keys + 2 * values) + gates  # q, k, v, g read, o written
     backward = e * (4 * keys + 3 * values) + 2 * gates  # with do read; dq, dk, dv, dg written
-    seconds = GLA_FORWARD * forward / cluster.chip.bandwidth
-    return seconds, GLA_STEP * (forward + backward) / cluster.chip.bandwidth - seconds
+    states = keys * c.linear_value_head_dim / CHUNK * e / 2
+    rate = min(chip.bandwidth, GLA_BYTES_PER_FLOP * chip.peak)
+    once, step = (
+        (times * moved + of_states * states) / rate
+        for moved, (times, of_states) in (
+            (forward, GLA_FORWARD),
+            (forward + backward, GLA_STEP),
+        )
+    )
+    return once, step - once
 
 
 def softmax_seconds(
@@ -150,8 +151,8 @@ def softmax_seconds(
     return compute[0] + moved[0], compute[1] + moved[1], bound
 
 
-def launch_seconds(model: ModelShape, setting: Setting, length: int) -> float:
-    """Of the host, for all kernels of a micro-batch."""
+def kernels_of(model: ModelShape, setting: Setting, length: int) -> int:
+    """Launched for a micro-batch."""
     tokens, forwards = setting.local_tokens(length), 1 + setting.checkpointing
     launches = sum(
         count * (forwards * LAUNCHES[kind][0] + LAUNCHES[kind][1])
@@ -159,5 +160,9 @@ def launch_seconds(model: ModelShape, setting: Setting, length: int) -> float:
     )
     if tile := setting.tile(length):
         launches += LAUNCHES_OF_TILE * model.num_layers * -(-tokens // tile)
-    launches += LAUNCHES_OF_LOSS_TILE * -(-tokens // TOKENS_PER_TILE)
-    return LAUNCH_SECONDS * launches
+    return launches + LAUNCHES_OF_LOSS_TILE * -(-tokens // TOKENS_PER_TILE)
+
+
+def launch_seconds(model: ModelShape, setting: Setting, length: int) -> float:
+    """Of the host, for all kernels of a micro-batch."""
+    return LAUNCH_SECONDS * kernels_of(model, setting, length)

@@ -84,6 +84,13 @@ class ModelShape:
         layers = sum(count * self.layer_parameters(kind) for kind, count in self.kinds.items())
         return layers + self.embedding * (1 if c.tie_word_embeddings else 2) + c.hidden_size
 
+    @cached_property
+    def tensors(self) -> int:
+        """Parameters, each a tensor; tied ones once."""
+        c = self.config
+        layers = sum(count * self._layer_tensors(kind) for kind, count in self.kinds.items())
+        return layers + (2 if c.tie_word_embeddings else 3)
+
     def layer_parameters(self, kind: str) -> int:
         """Parameters of one decoder layer."""
         c = self.config
@@ -146,6 +153,21 @@ class ModelShape:
             + self.gates * (c.linear_decay != "fixed")
             + 2 * c.linear_key_head_dim * bool(c.linear_qk_norm)
             + c.linear_value_head_dim * bool(c.linear_output_norm)
+        )
+
+    def _layer_tensors(self, kind: str) -> int:
+        """Parameters of one decoder layer, each a tensor."""
+        c = self.config
+        both = 2 + 3 * (1 + bool(c.mlp_bias)) + len(self.mixer_products(kind))
+        both += 3 * bool(c.attention_bias) + bool(c.attention_output_bias)
+        if kind == SOFTMAX:
+            return both + 2 * bool(c.qk_norm)
+        return (
+            both
+            + 3 * bool(c.linear_conv_kernel_dim)
+            + (c.linear_decay != "fixed")
+            + 2 * bool(c.linear_qk_norm)
+            + bool(c.linear_output_norm)
         )
 
     @cached_property

@@ -3,7 +3,8 @@
 What overlaps with something else counts only as far as it sticks out. Under checkpointing a layer
 runs forward twice. An MLP in tiles costs no third time, because the recomputation ends where the
 MLP begins; what it costs is to sum the gradients of its weights, which are read and written once
-per tile. Where the host launches kernels more slowly than the GPU runs them, it is what counts.
+per tile. Each kernel takes its time to start; where the host launches kernels more slowly than the
+GPU runs them, it is what counts.
 
 Left out: ranks that wait for one another, reading data, and evaluation.
 """
@@ -23,8 +24,12 @@ from hybridsp.collectives.cost import (
 from hybridsp.planner.hardware import HOST_MEMORY_BANDWIDTH, Cluster
 from hybridsp.planner.kernels import (
     COMPUTE,
+    KERNEL_SECONDS,
+    LAUNCH_SECONDS,
+    LAUNCHES_OF_UPDATE,
     MEMORY,
     elementwise_seconds,
+    kernels_of,
     launch_seconds,
     linear_seconds,
     matmul_rate,
@@ -135,11 +140,17 @@ def _computation(
             bound=MEMORY,
         ),
         "loss": _loss(model, setting, cluster, tokens),
+        "starts of kernels": Part(
+            seconds=KERNEL_SECONDS * kernels_of(model, setting, length), bound=LAUNCHES
+        ),
     }
     if tile := setting.tile(length):
-        of_a_tile = (4 + 4 + setting.dtype_bytes) * model.num_layers * model.mlp_parameters
+        e = setting.dtype_bytes
+        of_a_tile = (4 + 4 + e) * model.mlp_parameters
+        # Each tile's output, and its input's gradient, is copied to its place.
+        moved = -(-tokens // tile) * of_a_tile + 4 * e * model.config.hidden_size * tokens
         parts["sums over tiles of the MLP"] = Part(
-            seconds=-(-tokens // tile) * of_a_tile / cluster.chip.bandwidth, bound=MEMORY
+            seconds=model.num_layers * moved / cluster.chip.bandwidth, bound=MEMORY
         )
     if model.count(LINEAR):
         forward, backward = linear_seconds(model, setting, cluster, tokens)
@@ -179,7 +190,9 @@ def _softmax(
 def _loss(model: ModelShape, setting: Setting, cluster: Cluster, tokens: int) -> Part:
     """Head and cross-entropy: three products, the logits' small operations, sums of the weight."""
     compute = 6 * tokens * model.embedding / matmul_rate(setting, cluster)
-    logits = (34 + setting.dtype_bytes) * tokens * model.config.vocab_size
+    # Written and read by three products, read three times by the softmax (its largest number, their
+    # sum, the result), made of fp32 at the end; in fp32: written, exponentiated, masked, read.
+    logits = (7 * setting.dtype_bytes + 24) * tokens * model.config.vocab_size
     sums = (16 + setting.dtype_bytes) * model.embedding * -(-tokens // TOKENS_PER_TILE)
     moved = (logits + sums) / cluster.chip.bandwidth
     return Part(seconds=compute + moved, bound=COMPUTE if compute > moved else MEMORY)
@@ -323,6 +336,9 @@ def _update(model: ModelShape, setting: Setting, cluster: Cluster) -> dict[str, 
         parts["AdamW on the host"] = Part(seconds=moved * ranks / HOST_MEMORY_BANDWIDTH, bound=HOST)
     else:
         parts["AdamW"] = Part(seconds=moved / chip.bandwidth, bound=MEMORY)
+    launched = LAUNCH_SECONDS * LAUNCHES_OF_UPDATE * model.tensors
+    launched -= sum(part.seconds for part in parts.values())
+    parts["launches of the update"] = Part(seconds=max(launched, 0.0), bound=LAUNCHES)
     if setting.stage in (1, 2) and setting.gpus > 1:
         parts["updated weights"] = Part(
             seconds=e * whole / cluster.collective_bandwidth(setting.gpus),
