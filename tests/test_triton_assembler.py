@@ -112,7 +112,8 @@ def machine_code(sound):
     if sound:
         assert assembler.why_not(HOPPER) is None
     known = {"H": 16, "K": 64, "V": 64, "G": 64, "C": 64, "BK": 32, "BG": 32, "BV": 64}
-    known |= {"CHANNELS": True, "STRONG": True, "DOCUMENTS": False, "PRECISION": "bf16x3"}
+    known |= {"V_PARTS": 1, "CHANNELS": True, "STRONG": True, "DOCUMENTS": False}
+    known |= {"PRECISION": "bf16x3"}
     source = source_of(gradient_kernel, known | {"SUM": triton.language.float32}, "*bf16")
     options = {"num_warps": 4, "num_stages": 2}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

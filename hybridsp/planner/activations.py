@@ -19,7 +19,7 @@ from hybridsp.planner.setting import Setting
 # hybridsp/ops/gla/triton/plan.py; importing it would need Triton. Columns of a state that a walk
 # takes at a time follow from the launch, BLOCK_V is the usual one.
 CHUNK, LONGEST_STRETCH, BLOCK_V = 64, 64, 64
-WORKSPACE_BYTES = 2**30
+WORKSPACE_BYTES = 2**30 * 2 // 3
 # hybridsp/ops/softmax: queries of plain attention are walked in tiles of so many, and at most four
 # fp32 matrices [tile, keys] are there at once (probabilities, their gradient and two temporaries).
 QUERY_TILE, SCORE_MATRICES = 512, 4

@@ -21,7 +21,6 @@ SIZES = [
     "first_stretch",
     "first_chunk",
     "part_chunks",
-    "v_parts",
     "tokens",
 ]
 # e^-200 is zero in fp32; a sum of stronger gates would only lose the digits of weak ones.
@@ -73,18 +72,53 @@ def load_gates(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-    SUM: tl.constexpr,
 ):
-    """The running sums b [C, BLOCK] of the log2 decays, and their total [BLOCK]; dtype SUM."""
-    if WIDTH == 1:  # Triton 3.6 cannot scan a [C, 1] block
+    """`load_block` for gates; of a decay per head [C], because Triton 3.6 cannot scan [C, 1]."""
+    if WIDTH == 1:
         rows = tl.arange(0, C)
-        column = tl.load(pointer + rows * row_stride, mask=rows < rows_left, other=0.0)
-        column = tl.maximum(column.to(SUM), STRONGEST_GATE) * LOG2_E
-        return tl.cumsum(column, axis=0)[:, None], tl.sum(column[:, None], axis=0)
+        return tl.load(pointer + rows * row_stride, mask=rows < rows_left, other=0.0)
     else:  # noqa: RET505 - Triton compiles one of the two
-        gates = load_block(pointer, row_stride, rows_left, first_column, C, BLOCK, WIDTH)
-        gates = tl.maximum(gates.to(SUM), STRONGEST_GATE) * LOG2_E
+        return load_block(pointer, row_stride, rows_left, first_column, C, BLOCK, WIDTH)
+
+
+@triton.jit
+def in_log2(gates, SUM: tl.constexpr):
+    """Logarithms to the base 2, dtype SUM."""
+    return tl.maximum(gates.to(SUM), STRONGEST_GATE) * LOG2_E
+
+
+@triton.jit
+def running_sums(gates, SUM: tl.constexpr):
+    """The sums b [C, BLOCK] of what `load_gates` gives, and their last, b_C [BLOCK]; dtype SUM."""
+    gates = in_log2(gates, SUM)
+    if len(gates.shape) == 1:
+        return tl.cumsum(gates, axis=0)[:, None], tl.sum(gates[:, None], axis=0)
+    else:  # noqa: RET505 - Triton compiles one of the two
         return tl.cumsum(gates, axis=0), tl.sum(gates, axis=0)
+
+
+@triton.jit
+def sums_around_half(gates, C: tl.constexpr):
+    """What `running_sums` of [C, BLOCK] gives, as b - b_C / 2 and b_C, fp32.
+
+    A token's gate counts half, added up to it and taken off behind it: a product with signs, of
+    three bf16 that hold all bits of the gates. A scan would pass sums on from warp to warp.
+    """
+    gates = in_log2(gates, tl.float32)
+    first, rest = leading_bits(gates)
+    second, rest = leading_bits(rest)
+    third = rest.to(tl.bfloat16)
+    token = tl.arange(0, C)
+    signs = tl.where(token[:, None] >= token[None, :], 0.5, -0.5).to(tl.bfloat16)
+    around = tl.dot(signs, first, tl.dot(signs, second, tl.dot(signs, third)))
+    return around, tl.sum(gates, axis=0)
+
+
+@triton.jit
+def leading_bits(block):
+    """The first 8 bits of fp32 `block`, bf16, and the rest of it, fp32; exact."""
+    high = (block.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), block - high
 
 
 @triton.jit
@@ -98,11 +132,21 @@ def load_documents(pointer, first_token, length, C: tl.constexpr):
 
 
 @triton.jit
+def in_two(block):
+    """fp32 `block` as the sum of two bf16 that keep 16 of its bits.
+
+    Rounded as an integer: a conversion to bf16 and back costs as much as an exponential.
+    """
+    bits = (block.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+    high = bits.to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (block - high).to(tl.bfloat16)
+
+
+@triton.jit
 def exact_product(left, right, total, PRECISION: tl.constexpr):
     """Left @ right + total for fp32 `left`: beside bf16, in two parts that keep 16 of its bits."""
     if right.dtype == tl.bfloat16:
-        high = left.to(tl.bfloat16)
-        low = (left - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = in_two(left)
         return tl.dot(high, right, tl.dot(low, right, total))
     else:  # noqa: RET505 - Triton compiles one of the two
         return tl.dot(left, right, total, input_precision=PRECISION)
@@ -113,8 +157,7 @@ def sum_rows(chosen, block, total, IN_BF16: tl.constexpr, PRECISION: tl.constexp
     """Total + the rows of fp32 `block` that are chosen in each row; in bf16, with 16 bits of it."""
     ones = chosen.to(tl.float32)
     if IN_BF16:
-        high = block.to(tl.bfloat16)
-        low = (block - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = in_two(block)
         ones = ones.to(tl.bfloat16)
         return tl.dot(ones, high, tl.dot(ones, low, total))
     else:  # noqa: RET505 - Triton compiles one of the two

@@ -4,8 +4,10 @@
 
 With one decay per head the power comes out of the sum. With one per channel it has to be split,
 (q_i 2^(b_i - r)) . (k_j 2^(r - b_j)), to become a matrix product, and the split must not leave
-the range of fp32. Where no exponent is beyond LIMIT (gates of any trained model) one reference r
-in the chunk's middle serves all pairs: the chunk is *mild*. A *strong* one is cut in subchunks:
+the range of fp32. Where half of a chunk's decay, b_C / 2, is not beyond LIMIT (gates of any trained
+model), it serves all pairs as the reference r: the chunk is *mild*. Then 2^b and 2^(b_C - b), which
+the states take, are the same two powers times 2^r, so a token's gate costs two exponentials in all.
+A *strong* one is cut in subchunks:
 pairs of different subchunks take r at the start of the later one, which makes both exponents
 negative; pairs inside one are summed without a split. So no decay is too strong, and nothing is
 clamped. The two are separate launches, each of which leaves the other's chunks alone: in one
@@ -15,7 +17,13 @@ kernel the rare case would take the registers from the common one.
 import triton
 import triton.language as tl
 
-from hybridsp.ops.gla.triton.blocks import power, row_of, rows_of_subchunks, sums_of_subchunks
+from hybridsp.ops.gla.triton.blocks import (
+    in_two,
+    power,
+    row_of,
+    rows_of_subchunks,
+    sums_of_subchunks,
+)
 
 # A pair that counts is a product of at most 1; both factors keep all their digits within 2^+-80.
 LIMIT = tl.constexpr(80.0)
@@ -41,33 +49,34 @@ def head_decay(b, mask, C: tl.constexpr):
 
 
 @triton.jit
-def spread_around(b, middle, C: tl.constexpr):
-    """The largest exponent that a reference in the middle of the chunk leaves."""
-    spread = tl.maximum(row_of(b, 0, C) - middle, middle - row_of(b, C - 1, C))
-    return tl.max(spread, axis=0).to(tl.float32)
+def powers_around_half(b, b_end):
+    """2^(b - r) and 2^(r' - b) [C, N], and 2^r [N]; r = r' = b_C / 2 in a mild chunk.
+
+    2^r times the first is 2^b, and times the second 2^(b_C - b). That holds in strong chunks too:
+    r is kept above -LIMIT, and r' = b_C - r, so that nothing overflows.
+    """
+    half = tl.maximum(b_end * 0.5, -LIMIT)
+    return power(b - half[None, :]), power((b_end - half)[None, :] - b), power(half)
 
 
 @triton.jit
-def mild_scores(q, k, b, middle, PRECISION: tl.constexpr):
-    """[C, C] of fp32 q, k [C, N], unscaled, whatever stands above the diagonal."""
-    read, written = q * power(b - middle[None, :]), k * power(middle[None, :] - b)
+def powers_of_mild(around, b_end):
+    """`powers_around_half` of a mild chunk, from `sums_around_half`."""
+    return power(around), power(-around), power(b_end * 0.5)
+
+
+@triton.jit
+def product_in_two(left_high, left_low, right, total):
+    """(left_high + left_low) @ fp32 right + total in three bf16 products."""
+    high, low = in_two(right)
+    small = tl.dot(left_high, low, tl.dot(left_low, high, total))
+    return tl.dot(left_high, high, small)
+
+
+@triton.jit
+def mild_scores(read, written, PRECISION: tl.constexpr):
+    """[C, C] of q 2^(b - r) and k 2^(r - b), unscaled, whatever stands above the diagonal."""
     return tl.dot(read, tl.trans(written), input_precision=PRECISION)
-
-
-@triton.jit
-def mild_read_gradients(dscores, k, b, C: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, N], the gradient of q; dscores [C, C] is zero for pairs that do not count."""
-    middle = row_of(b, C // 2 - 1, C)[None, :]
-    written = k * power(middle - b)
-    return power(b - middle) * tl.dot(dscores, written, input_precision=PRECISION)
-
-
-@triton.jit
-def mild_write_gradients(dscores, q, b, C: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, N], the gradient of k."""
-    middle = row_of(b, C // 2 - 1, C)[None, :]
-    read = q * power(b - middle)
-    return power(middle - b) * tl.dot(tl.trans(dscores), read, input_precision=PRECISION)
 
 
 @triton.jit
@@ -91,7 +100,7 @@ def strong_scores(q, k, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def strong_read_gradients(dscores, k, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
-    """`mild_read_gradients` for decays of any strength."""
+    """[C, N], the gradient of q, for decays of any strength; dscores [C, C], zero where masked."""
     token = tl.arange(0, C)
     sub = token // SUB
     dq = tl.zeros([C, N], dtype=tl.float32)
@@ -113,7 +122,7 @@ def strong_read_gradients(dscores, k, b, C: tl.constexpr, N: tl.constexpr, PRECI
 def strong_write_gradients(
     dscores, q, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """`mild_write_gradients` for decays of any strength."""
+    """[C, N], the gradient of k."""
     token = tl.arange(0, C)
     sub, place = token // SUB, token % SUB
     dk = tl.zeros([C, N], dtype=tl.float32)

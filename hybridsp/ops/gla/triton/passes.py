@@ -225,10 +225,11 @@ class Gradients:
         gradient_kernel[(plan.num_chunks(part) * self.k_blocks, len(part.heads))](
             plan.q, plan.k, plan.v, plan.g, dout, plan.segments, self.strong,
             chunks.states, chunks.dstates, chunks.crossed, self.dq, self.dk, self.dg,
-            plan.scale, plan.length, plan.chunks, plan.v_parts, part.heads.start,
-            plan.first_chunk(part), plan.num_chunks(part), plan.batch * plan.length,
-            **plan.shape, **plan.blocks_of(launch), CHANNELS=plan.channels, STRONG=strong,
-            **plan.documents, **plan.sums, **plan.gradient_precision, **plan.compiler(launch),
+            plan.scale, plan.length, plan.chunks, part.heads.start, plan.first_chunk(part),
+            plan.num_chunks(part), plan.batch * plan.length,
+            **plan.shape, **plan.blocks_of(launch), V_PARTS=plan.v_parts,
+            CHANNELS=plan.channels, STRONG=strong, **plan.documents, **plan.sums,
+            **plan.gradient_precision, **plan.compiler(launch),
         )  # fmt: skip
 
     def gates(self) -> Tensor:

@@ -20,7 +20,7 @@ from hybridsp.ops.gla.triton.blocks import (
     load_documents,
     load_gates,
     power,
-    row_of,
+    running_sums,
     store_block,
 )
 from hybridsp.ops.gla.triton.intra import (
@@ -28,7 +28,7 @@ from hybridsp.ops.gla.triton.intra import (
     head_decay,
     mild_scores,
     pair_mask,
-    spread_around,
+    powers_around_half,
     strong_scores,
 )
 
@@ -64,10 +64,13 @@ def prepare_kernel(
         g_column = column if CHANNELS else 0
         q_block = load_block(q + token * K, H * K, left, column, C, BK, K)
         k_block = load_block(k + token * K, H * K, left, column, C, BK, K)
-        b, b_end = load_gates(g + token * G, H * G, left, g_column, C, BG, G, SUM)
+        gates = load_gates(g + token * G, H * G, left, g_column, C, BG, G)
+        b, b_end = running_sums(gates, SUM)
+        if not STRONG:
+            up, down, whole = powers_around_half(b, b_end)
+            reader, writer = q_block.to(tl.float32) * up, k_block.to(tl.float32) * down
         if STATES:
-            read_block = q_block.to(tl.float32) * power(b)
-            written_block = k_block.to(tl.float32) * power(b_end[None, :] - b)
+            read_block, written_block = reader * whole[None, :], writer * whole[None, :]
             passing = power(b_end)
             if DOCUMENTS:
                 read_block = tl.where((ids == before)[:, None], read_block, 0.0)
@@ -75,25 +78,22 @@ def prepare_kernel(
                 passing = tl.where(before == last, passing, 0.0)
             store_block(read + token * K, read_block, H * K, left, column, C, BK, K)
             store_block(written + token * K, written_block, H * K, left, column, C, BK, K)
-            gates = g_column + tl.arange(0, BG)
-            tl.store(kept + place * G + gates, passing, mask=gates < G)
+            channels = g_column + tl.arange(0, BG)
+            tl.store(kept + place * G + channels, passing, mask=channels < G)
         if PAIRS:
             if STRONG:
                 total += strong_scores(
                     q_block.to(tl.float32), k_block.to(tl.float32), b, C, BK, PRECISION
                 )
             elif CHANNELS:
-                middle = row_of(b, C // 2 - 1, C)
-                total += mild_scores(
-                    q_block.to(tl.float32), k_block.to(tl.float32), b, middle, PRECISION
-                )
-                spread = tl.maximum(spread, spread_around(b, middle, C))
+                total += mild_scores(reader, writer, PRECISION)
+                spread = tl.maximum(spread, tl.max(-b_end, axis=0).to(tl.float32) * 0.5)
             else:
                 total += tl.dot(q_block, tl.trans(k_block), input_precision=PRECISION)
     if PAIRS:
         mask = pair_mask(ids, C, DOCUMENTS)
         if not CHANNELS:
-            b, _ = load_gates(g + token, H, left, 0, C, 1, 1, SUM)
+            b, _ = running_sums(load_gates(g + token, H, left, 0, C, 1, 1), SUM)
             total *= head_decay(b, mask, C)
         elif not STRONG:
             tl.store(strong + place, (spread > LIMIT).to(tl.int8))

@@ -28,6 +28,9 @@ from hybridsp.ops.gla.triton.blocks import (
     with_tail,
 )
 
+# End states of stretches that a scan has on their way: it does nothing but wait for memory.
+SCAN_STAGES = tl.constexpr(4)
+
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_kernel(
@@ -148,7 +151,7 @@ def scan_kernel(
     inner = column * V
     state = tl.zeros([BK, BV], dtype=tl.float32)
     decay = tl.full([BG], 1.0, dtype=tl.float32)
-    for step in range(stretches):
+    for step in tl.range(stretches, num_stages=SCAN_STAGES):
         place = bh * stretches + (stretches - 1 - step if REVERSE else step)
         tile = states + place * K * V + inner
         added = load_block(tile, V, K - column, v_column, BK, BV, V)
