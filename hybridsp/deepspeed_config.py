@@ -38,7 +38,7 @@ def deepspeed_config(recipe: Recipe, mesh: SPMesh) -> dict[str, Any]:
         ValueError: the configuration cannot be read, contradicts the recipe, or holds a key or
             value that DeepSpeed does not take.
     """
-    config, source = _read_deepspeed(recipe.deepspeed)
+    config, source = read_deepspeed(recipe.deepspeed)
 
     def fill(path: str, value: Any, field: str) -> None:
         *sections, key = path.split(".")
@@ -135,8 +135,15 @@ def _choose_adam(config: dict[str, Any], offloads: bool, on_gpu: bool) -> None:
         config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
-def _read_deepspeed(value: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The user's DeepSpeed configuration without its "auto" values, and where it came from."""
+def read_deepspeed(value: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The user's DeepSpeed configuration without its "auto" values, and where it came from.
+
+    Args:
+        value: the configuration, its JSON file, or the name of a shipped one.
+
+    Raises:
+        ValueError: there is no such file, or it holds no JSON object.
+    """
     if isinstance(value, Mapping):
         return _without_auto(value), "deepspeed"
     shipped = resources.files("hybridsp.ds_configs")

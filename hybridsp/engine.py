@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from hybridsp.adapters import decoder_layers
-from hybridsp.deepspeed_config import parse_deepspeed, prefer_torch_adam, skip_inference_op
+from hybridsp.deepspeed_config import (
+    parse_deepspeed,
+    prefer_torch_adam,
+    read_deepspeed,
+    skip_inference_op,
+)
 from hybridsp.loss import TokenMean, count_labels
 from hybridsp.mesh import SPMesh
 from hybridsp.self_check import self_check as prove
@@ -34,6 +40,7 @@ from hybridsp.self_check import self_check as prove
 # which they do not.
 UNMEASURED: dict[str, Any] = {
     "managed_gradient_accumulation": True,
+    "tensor_parallel.autotp_size": 0,
     "torch_autocast.enabled": False,
     "fp16.enabled": False,
     "zero_optimization.compute_grad_norm": True,
@@ -66,7 +73,7 @@ class StepResult:
 def initialize(
     model: PreTrainedModel,
     mesh: SPMesh,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | str | Path,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     self_check: bool = True,
@@ -76,7 +83,7 @@ def initialize(
     Args:
         model: a model that `hybridsp.parallelize` prepared for the same mesh.
         mesh: the grid of ranks.
-        config: a DeepSpeed configuration.
+        config: a DeepSpeed configuration, or the path of its JSON file.
         optimizer: an optimizer over the model's parameters; None for the configuration's.
         self_check: prove on a short random sequence that state crosses the ranks, that gradients
             are those of the uncut sequence and that ZeRO shards over all ranks, and leave no trace
@@ -89,13 +96,20 @@ def initialize(
         `engine.step`.
 
     Raises:
-        ValueError: the model was not parallelized for this mesh, or the configuration sets what
-            the mesh decides.
+        ValueError: the model was not parallelized for this mesh, or the configuration cannot be
+            read, sets what the mesh decides, or lacks batch sizes or an optimizer.
         SelfCheckError: the self-check failed; on every rank.
     """
     import deepspeed
 
+    if not isinstance(config, Mapping):
+        config, _ = read_deepspeed(str(config))
     config = _checked_config(model, mesh, config)
+    if optimizer is None and "optimizer" not in config:
+        raise ValueError(
+            'config has no "optimizer": add one, such as {"type": "AdamW", "params": {"lr": 2e-5}},'
+            " or pass optimizer="
+        )
     if mesh.device.type == "cpu":
         skip_inference_op()
         prefer_torch_adam(config)
@@ -235,6 +249,11 @@ def _check_batch_sizes(mesh: SPMesh, config: Mapping[str, Any]) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"config sets {name} = {value!r}: give a number")
     total, micro, accumulation = (config.get(name) for name in names)
+    if total is None and micro is None:
+        raise ValueError(
+            "config sets no train_micro_batch_size_per_gpu: add it, sequences of a micro-batch "
+            "(usually 1 where sequences are long)"
+        )
     if total is None:
         return
     parts = mesh.dp * (micro or 1) * (accumulation or 1)

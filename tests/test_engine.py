@@ -229,6 +229,8 @@ CONFIGURATIONS = {
         "train_batch_size": 3,
         "train_micro_batch_size_per_gpu": None,
     },
+    "no batch size": {"train_micro_batch_size_per_gpu": None},
+    "tensor parallelism": {"tensor_parallel": {"autotp_size": 2}},
     "batch size in words": {"train_micro_batch_size_per_gpu": "one"},
     "stage": {"zero_optimization": {"stage": 4}},
     "unknown key": {"zero_optimisation": {"stage": 2}},
@@ -244,6 +246,11 @@ def misuse(case):
     extra = CONFIGURATIONS.get(case, {})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     config = deepspeed_config(**{"gradient_accumulation_steps": 2, **extra})
+    if case == "no optimizer":
+        optimizer = None
+        config.pop("optimizer", None)
+    if case == "no such file":
+        config = "nothing.json"
     engine = hybridsp.initialize(model, mesh, config, optimizer=optimizer, self_check=False)
     batch = hybridsp.shard_batch(PACKED[0], mesh)
     if case == "count of micro-batches":
@@ -270,6 +277,10 @@ def misuse(case):
         ("unmeasured offload", "offload_optimizer.super_offload = True, under which nobody"),
         ("batch size", r"train_batch_size = 4.* = 2 sequences.*remove train_batch_size.* to 2"),
         ("batch size that does not divide", "train_batch_size = 3.*or a multiple.*set it to 2"),
+        ("no batch size", "config sets no train_micro_batch_size_per_gpu: add it"),
+        ("no optimizer", 'config has no "optimizer": add one'),
+        ("no such file", "nothing.json' is neither a JSON file nor a shipped configuration"),
+        ("tensor parallelism", "tensor_parallel.autotp_size = 2, under which nobody has shown"),
         ("batch size in words", "train_micro_batch_size_per_gpu = 'one': give a number"),
         ("stage", "stage Input should be"),
         ("unknown key", "unknown DeepSpeed key 'zero_optimisation'; did you mean 'zero_optimiz"),
