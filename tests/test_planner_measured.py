@@ -94,6 +94,7 @@ def compare(record, row):
 @pytest.mark.parametrize("path", sorted(MEASUREMENTS.glob("*-step-*.json")), ids=lambda p: p.stem)
 def test_measured_steps_are_predicted(path):
     rows, left_out = rows_of(path)
+    assert rows, "nothing in it was measured"
     compared = [compare(*row) for row in rows]
     table = "\n".join([*(line for line, _ in compared), f"{left_out} rows ended in an error"])
     print(f"\n{table}")

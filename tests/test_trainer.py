@@ -310,7 +310,7 @@ import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
 from transformers import AutoModelForCausalLM
 from hybridsp import Trainer
-from trainer_cases import COLLATORS, Documents, arguments, history, model_of, pad_right, zero
+from trainer_cases import COLLATORS, Documents, arguments
 
 zero = {
     "train_micro_batch_size_per_gpu": "auto",

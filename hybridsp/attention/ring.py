@@ -107,13 +107,19 @@ def differentiate(
     return dq, dk, dv
 
 
-# All layers of a model, forward and backward, ask for the same few steps, and on a GPU what says
-# where rows lie is there already.
-@lru_cache(maxsize=64)
 def step_calls(plan: RingPlan, step: int, device: torch.device) -> list[Call]:
     """What this rank computes at a step."""
-    blocks = plan.blocks(step)
-    return calls_of(blocks, plan.backend, device, scale=plan.scale, window=plan.window)
+    return _calls_of_steps(plan, device)[step]
+
+
+# All layers of a model, forward and backward, ask for the same steps, and on a GPU what says where
+# rows lie is there already. A few plans, not steps: a ring of a hundred ranks has a hundred.
+@lru_cache(maxsize=8)
+def _calls_of_steps(plan: RingPlan, device: torch.device) -> list[list[Call]]:
+    return [
+        calls_of(plan.blocks(step), plan.backend, device, scale=plan.scale, window=plan.window)
+        for step in range(plan.steps)
+    ]
 
 
 def _attend_to_own(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan) -> tuple[Tensor, Tensor]:

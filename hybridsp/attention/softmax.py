@@ -155,10 +155,11 @@ def _admit(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> tuple[Relayo
     kind, known = call.kind(cu_seqlens is not None), _agreed(mesh.sp_group)
     try:
         route = _route(call, mesh, cu_seqlens)
-        chosen = _backend(call, route, mesh, lengths_vary=cu_seqlens is not None)
-    except ValueError as error:
+        # One document is a length like any other; those of several will not come again.
+        chosen = _backend(call, route, mesh, lengths_vary=len(route.layout.bounds) > 2)
+    except Exception as error:  # also memory that runs out in a backend's trial: the others wait
         if kind not in known:
-            agree(mesh.sp_group, "softmax_attention", refusal=str(error))  # tells all, and raises
+            agree(mesh.sp_group, "softmax_attention", refusal=_refusal(error))  # tells all, raises
         raise
     if kind not in known:
         bounds = route.layout.bounds
@@ -167,6 +168,10 @@ def _admit(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> tuple[Relayo
     if call.variant == "double_ring" and call.ranks_per_host is None:
         _found_ranks_per_host(mesh)  # refuses on every rank alike, before anything is sent
     return route, chosen
+
+
+def _refusal(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _route(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> Relayout:

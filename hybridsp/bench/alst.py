@@ -130,8 +130,10 @@ def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
     """
     for model in args.model:
         if load_shape(model).count(LINEAR):
-            raise ValueError(f"--model {model} has linear attention, which ALST cannot cut: give a "
-                             "dense model, such as llama-1b")  # fmt: skip
+            raise ValueError(
+                f"--model {model} has linear attention, which ALST cannot cut: give a dense model, "
+                "such as llama-1b"
+            )
     switches = product(args.offload_optimizer, args.offload_activations)
     settings = [
         Setting(

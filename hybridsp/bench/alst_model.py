@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hybridsp.bench.step_case import Case, deepspeed_section
+from hybridsp.deepspeed_config import skip_inference_op
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.cross_entropy import IGNORED_LABEL
 from hybridsp.planner.files import DTYPES
@@ -96,13 +97,12 @@ def make_alst(case: Case, mesh: SPMesh, *, kernel: str | None) -> Alst:
         ValueError: heads that DeepSpeed's Ulysses cannot deal out to so many ranks.
     """
     import deepspeed
-    import deepspeed.ops
     from deepspeed.runtime.activation_checkpointing.offload_activations import (
         CheckpointHiddenStatesOffload,
     )
 
-    if mesh.device.type == "cpu":  # only inference uses it, and it would be compiled for minutes
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if mesh.device.type == "cpu":
+        skip_inference_op()
     deepspeed.init_distributed(dist_init_required=False)
     setting = case.setting
     config = load_config(case.model)

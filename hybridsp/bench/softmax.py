@@ -28,6 +28,7 @@ from hybridsp.bench.report import (
     write_json,
 )
 from hybridsp.bench.softmax_cases import (
+    DOUBLE,
     LOCAL,
     PARALLEL,
     Case,
@@ -338,6 +339,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--emulate-ring 1 is no ring: give 2 ranks or more")
     if args.ranks_per_host is not None and args.ranks_per_host < 2:
         raise ValueError("--ranks-per-host 1 is no ring: give 2 ranks or more")
+    if args.ranks_per_host is not None and DOUBLE not in args.variants:
+        raise ValueError(f"--ranks-per-host is of {DOUBLE}: name it in --variants, or leave it out")
     for option, rate in (("--link", args.link), ("--host-link", args.host_link)):
         if rate is not None and not 0 < rate < inf:
             raise ValueError(f"{option} {rate} GB/s: give a positive, finite bandwidth")

@@ -69,7 +69,8 @@ class TiledCrossEntropy(torch.autograd.Function):
             valid = (targets != IGNORED_LABEL)[:, None]
             picked = torch.where(valid, targets[:, None], 0)
             logp = F.log_softmax(tokens @ weight.T, dim=-1, dtype=torch.float32)
-            total -= (logp.gather(1, picked) * valid).sum()
+            # Chosen, not multiplied: what an ignored token has may be infinite.
+            total -= torch.where(valid, logp.gather(1, picked), 0.0).sum()
             if any(wanted):
                 dlogits = _logit_gradient(logp, picked, valid).to(hidden.dtype)
                 if dhidden is not None:
@@ -94,4 +95,4 @@ class TiledCrossEntropy(torch.autograd.Function):
 
 def _logit_gradient(logp: Tensor, picked: Tensor, valid: Tensor) -> Tensor:
     """Softmax - one_hot, zero where the label is ignored; overwrites logp [tokens, vocabulary]."""
-    return logp.exp_().scatter_add_(1, picked, -valid.to(logp.dtype)).mul_(valid)
+    return logp.exp_().scatter_add_(1, picked, -valid.to(logp.dtype)).masked_fill_(~valid, 0.0)

@@ -141,9 +141,7 @@ def softmax_seconds(
         narrow = max(128 / c.head_dim - 1, 0.0)
         forward *= 1 + NARROW_FORWARD * narrow
         return forward, backward * (1 + NARROW_BACKWARD * narrow), COMPUTE
-    # Plain attention computes the masked half of causal blocks too.
-    ring = setting.ring
-    share = part * (1.0 if ring == 1 else (2 * ring + 1) / (4 * ring**2))
+    share = part / (2 * setting.ring)  # tile by tile: the masked half is left out there too
     scores = share * length**2 * c.num_attention_heads / setting.ulysses
     compute = [scores * c.head_dim * operations / chip.float32 for operations in (4, 10)]
     moved = [4 * scores * n / chip.bandwidth for n in (PLAIN_FORWARD, PLAIN_BACKWARD)]

@@ -79,9 +79,10 @@ def _why_blocks_fail(backend: Backend, kind: Kind, blocks: Sequence[Block]) -> s
         got = attend_in_blocks(backend, blocks, *tensors, window=window)
     except torch.OutOfMemoryError:
         raise  # says nothing about the backend
-    # RuntimeError is PyTorch's and the kernels' own; the rest come from the packages' Python.
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        return f"a trial raised {type(error).__name__}: {str(error).splitlines()[0]}"
+    # Whatever it is: compilers of kernels raise plain Exceptions of their own, and every one of
+    # them only means that another backend is taken, with this reason in the log.
+    except Exception as error:  # noqa: BLE001 - see above
+        return f"a trial raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     right = attend_in_blocks(PLAIN, blocks, *tensors, window=window)
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, right, strict=True):
         off = (a.float() - b).norm().item() / b.norm().item()
