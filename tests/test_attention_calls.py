@@ -1,5 +1,6 @@
 """Calls of softmax attention that all ranks make together: what they ask, send and launch."""
 
+import contextlib
 import re
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import case
-from disagreements import check_told, told_of
+from disagreements import check_told, refusal, told_of
 from distributed import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,3 +227,36 @@ def asked_backends():
 
 def test_the_backend_is_chosen_for_the_heads_that_it_computes():
     assert run_ranks(asked_backends, 3) == [[(4, 1, 1)], [(3, 3, 3)], [(3, 1, 1)]]
+
+
+def memory_runs_out_on_one_rank():
+    """What each rank is told when a backend's trial fails on rank 1 with what is no ValueError."""
+    mesh = SPMesh(ring=2)
+    x = torch.randn(1, 4, 2, 8)
+    fails = mock.patch.object(softmax, "_backend", side_effect=torch.OutOfMemoryError("too little"))
+    with fails if mesh.rank == 1 else contextlib.nullcontext():
+        return refusal(softmax_attention, (x, x, x), {}, mesh)
+
+
+def test_memory_that_runs_out_in_a_trial_ends_all_ranks():
+    for told in run_ranks(memory_runs_out_on_one_rank, 2):
+        assert "OutOfMemoryError: too little" in told
+
+
+def test_one_document_is_a_length_like_any_other():
+    """With its boundaries or without: only several documents' lengths will not come again."""
+    assert run_ranks(chosen_with_bounds, 1) == [[False, False, True]]
+
+
+def chosen_with_bounds():
+    mesh, x, asked = SPMesh(), torch.randn(1, 8, 2, 8), []
+
+    def choose(*args, lengths_vary, **options):
+        asked.append(lengths_vary)
+        return choose_backend(*args, lengths_vary=lengths_vary, **options)
+
+    with mock.patch.object(softmax, "choose_backend", choose):
+        for bounds in (None, [0, 8], [0, 3, 8]):
+            cu_seqlens = bounds and torch.tensor(bounds, dtype=torch.int32)
+            softmax_attention(x, x, x, mesh=mesh, cu_seqlens=cu_seqlens)
+    return asked

@@ -119,6 +119,14 @@ def test_bf16_gradients_are_scaled_by_the_upstream_gradient_and_not_by_its_round
     torch.testing.assert_close(scaled[1].float(), once[1].float() / 300, rtol=2**-7, atol=0)
 
 
+def test_what_an_ignored_token_has_never_reaches_the_loss():
+    hidden, weight, labels = inputs()
+    right = right_loss(hidden, weight, labels).item()
+    hidden = hidden.detach().clone()
+    hidden[0, 2:5] = torch.inf  # logits inf, -inf and NaN under the ignored labels
+    assert tiled_cross_entropy(hidden, weight.detach(), labels).item() == pytest.approx(right)
+
+
 def test_errors_name_what_does_not_fit():
     hidden, weight, labels = inputs()
     with pytest.raises(ValueError, match=r"labels have shape \(2, 6\)"):
