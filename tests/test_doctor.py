@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,7 +11,6 @@ import torch
 from hybridsp.doctor import Finding, Status, gpu, host, software
 from hybridsp.doctor.finding import amount, exit_status, failing, merge, name_ranks, ok, render
 from hybridsp.doctor.finding import warning as warns
-from hybridsp.doctor.plan import check_plan, read_needs
 
 MIB, GIB = 2**20, 2**30
 TOPOLOGY = """\
@@ -113,8 +110,24 @@ def test_host_memory_is_the_containers(tmp_path):
         (groups / folder / "memory.current").write_text(f"{used}\n")
     read = host.host_memory(meminfo, groups, membership)
     assert (read.total, read.available) == (16 * GIB, 10 * GIB)
+    # What the page cache holds is there for the asking.
+    (groups / "job" / "memory.stat").write_text(
+        f"anon {GIB}\nfile {5 * GIB}\ninactive_file {3 * GIB}\nactive_file {GIB}\n"
+    )
+    assert host.host_memory(meminfo, groups, membership).available == 14 * GIB
     assert host.host_memory(tmp_path / "absent", groups, membership) is None
     assert host.memory(None).status == "ok"
+
+
+def test_host_memory_of_an_old_cgroup(tmp_path):
+    meminfo, old = tmp_path / "meminfo", tmp_path / "cgroups" / "memory"
+    meminfo.write_text(f"MemTotal: {64 * 2**20} kB\nMemAvailable: {48 * 2**20} kB\n")
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text(str(16 * GIB))
+    (old / "memory.usage_in_bytes").write_text(str(15 * GIB))
+    stat = f"inactive_file 1\ntotal_inactive_file {8 * GIB}\ntotal_active_file {4 * GIB}\n"
+    (old / "memory.stat").write_text(stat)
+    assert host.host_memory(meminfo, old.parent, tmp_path / "absent").available == 13 * GIB
 
 
 def test_disk(monkeypatch, tmp_path):
@@ -132,7 +145,7 @@ def test_disk(monkeypatch, tmp_path):
 
 
 @contextlib.contextmanager
-def fake_gpus(*names, free=0.99, major=9, peers=True, smi=None, topology=TOPOLOGY):
+def fake_gpus(*names, free=0.99, major=9, peers=True, smi=None, memories=None, topology=TOPOLOGY):
     memory = 80 * GIB
     fakes = {
         "is_available": lambda: True,
@@ -140,11 +153,11 @@ def fake_gpus(*names, free=0.99, major=9, peers=True, smi=None, topology=TOPOLOG
         "mem_get_info": lambda index: (int(free * memory), memory),
         "get_device_name": lambda index: names[index],
         "get_device_properties": lambda index: SimpleNamespace(
-            name=names[index], major=major, minor=0
+            name=names[index], major=major, minor=0, uuid=f"a{index}"
         ),
         "can_device_access_peer": lambda a, b: peers,
     }
-    answers = {"topo": topology}
+    answers = {"topo": topology, "--query-gpu=uuid,memory.free,memory.total": memories}
     with contextlib.ExitStack() as patches:
         for name, fake in fakes.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, fake))
@@ -168,20 +181,37 @@ def test_no_gpu_is_no_fault_unless_there_is_one(monkeypatch):
 def test_gpus():
     with fake_gpus("H100", "H100", smi="H100, 570.1\nH100, 570.1"):
         findings = gpu.gpus(used=True)
-        assert [finding.name for finding in findings] == ["GPU 0", "GPU 1", "driver"]
+        assert [finding.name for finding in findings] == ["GPUs", "driver"]
         assert exit_status(findings) == 0
-        assert findings[0].found.startswith("H100, compute capability 9.0, 79.2 GiB of 80.0 GiB")
-        assert findings[2].found.startswith("570.1; ")
+        assert findings[1].found.startswith("570.1; ")
+        found = gpu.own(1)
+        assert (found.name, found.status) == ("GPU 1", "ok")
+        assert found.found.startswith("H100, compute capability 9.0, 79.2 GiB of 80.0 GiB")
         assert "DS_ACCELERATOR" in gpu.gpus(used=False)[0].found
     with fake_gpus("H100", "A100"):
         assert one(gpu.gpus(used=True), "GPUs of a kind").status == "warning"
     with fake_gpus("V100", major=7):
-        assert "Ampere" in gpu.gpus(used=True)[0].fix
+        assert "Ampere" in gpu.own(0).fix
     with fake_gpus("H100", free=0.5):
-        assert "nvidia-smi" in gpu.gpus(used=True)[0].fix
+        assert "nvidia-smi" in gpu.own(0).fix
     broken = mock.patch.object(torch.cuda, "mem_get_info", mock.Mock(side_effect=RuntimeError("x")))
     with fake_gpus("H100"), broken:
-        assert gpu.gpus(used=True)[0].status == "failing"
+        assert gpu.own(0).status == "failing"
+
+
+def test_all_gpus_are_looked_at_without_a_context():
+    """PyTorch's word on free memory takes one; nvidia-smi also lists GPUs that are not visible."""
+    no_context = mock.patch.object(torch.cuda, "mem_get_info", mock.Mock(side_effect=SystemError))
+    rows = "GPU-other, 1, 81920\nGPU-a1, 40960, 81920\nGPU-a0, 81000, 81920\n"
+    with fake_gpus("H100", "H100", memories=rows), no_context:
+        found = one(gpu.gpus(used=True), "GPUs")
+        assert found.status == "warning"
+        assert found.found.endswith("; free of GPU 1 40.0 GiB of 80.0 GiB")
+    with fake_gpus("H100", "H100", memories=rows.replace("40960", "81910")), no_context:
+        found = one(gpu.gpus(used=True), "GPUs")
+        assert found == ok("GPUs", "2 that PyTorch can use; 79.1 GiB or more free of each of 2")
+    with fake_gpus("H100", memories="GPU-a0, [N/A], [N/A]"), no_context:
+        assert "does not tell" in one(gpu.gpus(used=True), "GPUs").found
 
 
 def test_links():
@@ -304,56 +334,20 @@ def test_linear_attention(monkeypatch):
     assert "C compiler" in kernels(None, raising).found
 
 
-# The plan
+@pytest.mark.parametrize("varlen", [True, False])
+def test_softmax_attention_of_packed_documents(monkeypatch, varlen):
+    def choose(q, k, v, lengths_vary=False):
+        name = "flash" if lengths_vary else "cudnn"
+        return SimpleNamespace(name=name, varlen=object() if varlen and lengths_vary else None)
 
-
-@pytest.fixture
-def recipe(tmp_path):
-    def write(**changes):
-        model = tmp_path / "model"
-        model.mkdir(exist_ok=True)
-        config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2}
-        config |= {"num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 256}
-        (model / "config.json").write_text(json.dumps(config))
-        (tmp_path / "data.jsonl").write_text("{}\n")
-        settings = {"model": str(model), "data": str(tmp_path / "data.jsonl"), "max_steps": 5}
-        settings |= {"output_dir": str(tmp_path / "run"), "seq_length": 4096, "ring": 2}
-        settings |= {"learning_rate": 1e-4, "save_every": 2, "deepspeed": "zero2"} | changes
-        file = tmp_path / "recipe.yaml"
-        file.write_text(json.dumps(settings))
-        return file
-
-    return write
-
-
-def test_plan(recipe):
-    needs, findings = read_needs(recipe().parent, None, 0)  # as `hybridsp plan --out` leaves it
-    assert [finding.status for finding in findings] == ["ok"]
-    assert (needs.ranks, needs.offloads_optimizer, needs.out.name) == (2, False, "run")
-    enough = host.HostMemory(total=2**50, available=2**50)
-    assert exit_status(check_plan(needs, enough, 80 * GIB)) == 0
-    gpu_memory, host_memory = check_plan(needs, host.HostMemory(total=MIB, available=MIB), MIB)
-    assert gpu_memory.status == host_memory.status == "failing"
-    busy = host.HostMemory(total=2**50, available=MIB)
-    assert [finding.status for finding in check_plan(needs, busy, None)] == ["ok", "warning"]
-    assert [finding.status for finding in check_plan(needs, None, None)] == ["ok", "ok"]
-
-    more, _ = read_needs(recipe(deepspeed="zero3_offload"), 8, 4)
-    assert (more.ranks, more.offloads_optimizer) == (8, True)
-    assert more.host > needs.host
-    assert "start 2 ranks" in one(read_needs(recipe(), 3, 0)[1], "plan: ranks").fix
-
-
-def test_a_recipe_that_is_wrong_is_a_finding(recipe):
-    needs, findings = read_needs(recipe(data="absent/*.jsonl"), 2, 0)
-    assert needs is not None
-    assert "matches no file" in one(findings, "plan").found
-    needs, (finding,) = read_needs(recipe(seq_lenght=1), 2, 0)
-    assert needs is not None
-    assert "did you mean 'seq_length'" in finding.found
-    needs, (finding,) = read_needs(recipe(ring="two"), 2, 0)
-    assert (needs, finding.status) == (None, "failing")
-    needs, findings = read_needs(recipe(deepspeed={"no_such_key": 1}), 2, 0)
-    assert needs is None
-    assert "no_such_key" in one(findings, "plan: memory").found
-    assert read_needs(Path("absent.yaml"), 2, 0)[0] is None
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.zeros(1))
+    monkeypatch.setattr(software.softmax, "choose_backend", choose)
+    monkeypatch.setattr(software.softmax, "why_not", lambda *arguments: "not installed")
+    monkeypatch.setattr(software, "why_not_varlen", lambda *arguments: "its gradients are off")
+    finding = software.softmax_attention(torch.device("cuda"))
+    how = "many in a call (varlen)"
+    if not varlen:
+        how = "one by one, as varlen is not used: its gradients are off"
+    assert finding.status == "ok"
+    assert finding.found.startswith("cudnn for bf16")
+    assert f"packed documents: flash, {how}; not used: " in finding.found

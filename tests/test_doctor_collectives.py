@@ -1,6 +1,7 @@
 """`hybridsp doctor` as a command, and what it says of collectives that hang or miss a rank."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import time
@@ -77,6 +78,26 @@ def test_a_broken_group_ends_the_process_at_once(monkeypatch):
     monkeypatch.setattr(command.os, "_exit", left)
     assert doctor()[0] == 1
     left.assert_called_once_with(1)
+    # Nor does it stay for a file or a screen that cannot be written.
+    untold = dataclasses.replace(result, untold=OSError("disk full"))
+    monkeypatch.setattr(command, "diagnose", lambda **options: untold)
+    code, _, err = doctor()
+    assert (code, err) == (1, "hybridsp doctor: error: disk full\n")
+    monkeypatch.setattr(command, "print", mock.Mock(side_effect=BrokenPipeError), raising=False)
+    assert doctor()[0] == 1
+    assert left.call_count == 3
+
+
+def test_a_file_that_cannot_be_written_is_noticed_first(monkeypatch, tmp_path):
+    diagnoses = mock.Mock(return_value=Diagnosis(speaks=True, exit_status=0))
+    monkeypatch.setattr(command, "diagnose", diagnoses)
+    code, _, err = doctor("--json", str(tmp_path / "absent" / "a.json"))
+    assert (code, diagnoses.called) == (2, False)
+    assert "No such file" in err
+    assert doctor("--json", str(tmp_path / "a.json"))[0] == 0
+    assert list(tmp_path.iterdir()) == []  # the look leaves nothing
+    diagnoses.return_value = Diagnosis(speaks=True, exit_status=0, untold=OSError("disk full"))
+    assert doctor("--json", str(tmp_path / "a.json"))[0] == 2
 
 
 def examined(folder, *options):
@@ -99,11 +120,15 @@ def test_all_collectives(ranks, backend, tmp_path):
     assert {joined for *_, joined in results} == {backend is not None}
 
 
-def quick_diagnosis():
+def tell_nobody(findings):
+    raise OSError("disk full")
+
+
+def quick_diagnosis(**options):
     """Only what the ranks do together, so that they come to it at the same time."""
     alone = [ok("GPUs", "not looked at")]
     with mock.patch.object(diagnosis, "examine", return_value=alone):
-        return diagnose(limit=LIMIT)
+        return diagnose(limit=LIMIT, **options)
 
 
 def diagnosed_without(absent):
@@ -140,7 +165,7 @@ def troubled():
     cases = {"raises": raise_, "lies": lie, "hangs": hang, "never": lie}
     trials = [Trial(name=name, prepare=prepare) for name, prepare in cases.items()]
     with mock.patch.object(together, "all_trials", return_value=trials):
-        return quick_diagnosis()
+        return quick_diagnosis(tell=tell_nobody)
 
 
 def test_collectives_that_fail_name_the_ranks():
@@ -155,6 +180,12 @@ def test_collectives_that_fail_name_the_ranks():
     assert "GLOO_SOCKET_IFNAME" in hung.fix
     assert one(findings, "the rest").found == "not tried: never"
     assert [result.broken for result in results] == [True] * 3
+    assert [str(result.untold) for result in results] == ["disk full", "None", "None"]
+
+
+def test_what_ends_the_thread_is_no_hang():
+    outcome = together.on_a_thread(mock.Mock(side_effect=SystemExit(3)), torch.device("cpu"), 9)
+    assert outcome == Outcome(error="SystemExit: 3")
 
 
 def test_a_rank_that_ends_in_a_collective_is_named():

@@ -14,6 +14,7 @@ from pathlib import Path
 from hybridsp.doctor.diagnosis import diagnose
 from hybridsp.doctor.finding import Finding, exit_status, render
 from hybridsp.launch import rank_from_environment
+from hybridsp.recipe import one_line
 
 
 def run(args: argparse.Namespace) -> None:
@@ -23,6 +24,8 @@ def run(args: argparse.Namespace) -> None:
         SystemExit: 1 if anything fails, on every rank.
         ValueError, OSError: the launcher's variables are not whole, or --json cannot be written.
     """
+    if args.json is not None and rank_from_environment().rank == 0:
+        _check_writable(args.json)  # now, and not after minutes of collectives
     diagnosis = diagnose(
         out=args.out,
         plan=args.plan,
@@ -31,11 +34,25 @@ def run(args: argparse.Namespace) -> None:
     )
     if diagnosis.broken:
         # An ordinary exit waits for the thread that hangs, or for peers that are gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(diagnosis.exit_status)
+        try:
+            if diagnosis.untold is not None:
+                print(f"hybridsp doctor: error: {one_line(diagnosis.untold)}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(diagnosis.exit_status)
+    if diagnosis.untold is not None:
+        raise diagnosis.untold
     if diagnosis.exit_status:
         raise SystemExit(diagnosis.exit_status)
+
+
+def _check_writable(file: Path) -> None:
+    there = file.exists()
+    with file.open("a", encoding="utf-8"):
+        pass
+    if not there:
+        file.unlink()
 
 
 def _tell(findings: list[Finding], json_file: Path | None) -> None:

@@ -44,12 +44,15 @@ class Diagnosis:
         exit_status: 1 if anything fails, the same on all ranks that are there.
         broken: a thread of this process hangs in a collective, or its peers are gone; only the end
             of the process ends that.
+        untold: what `tell` raised, if it did. It is for the caller to raise: where the group is
+            broken, an exception that ends the process would wait for it.
     """
 
     findings: list[Finding] = field(default_factory=list)
     speaks: bool
     exit_status: int
     broken: bool = False
+    untold: Exception | None = None
 
 
 def diagnose(
@@ -65,7 +68,8 @@ def diagnose(
         out: the folder that a run would write to; None for the plan's, or this one.
         plan: a recipe, or the folder that `hybridsp plan --out` wrote.
         limit: seconds that each collective, and the wait for its ranks, may take.
-        tell: called with the table on the one rank that speaks, while the others still wait.
+        tell: called with the table on the one rank that speaks, while the others still wait; what
+            it raises is in the result.
 
     Raises:
         ValueError: the launcher's variables are not whole, or the others cannot be reached.
@@ -83,8 +87,9 @@ def diagnose(
                 "`torchrun --nproc-per-node 8 -m hybridsp.cli doctor`",
             )
         )
-        tell(mine)
-        return Diagnosis(findings=mine, speaks=True, exit_status=exit_status(mine))
+        untold = _why_untold(tell, mine)
+        status = exit_status(mine)
+        return Diagnosis(findings=mine, speaks=True, exit_status=status, untold=untold)
     roll = RollCall(_meeting_place(me, limit), me)
     roll.answer("findings", json.dumps([finding.as_json() for finding in mine]))
     together, broken = try_collectives(roll, device, limit)
@@ -107,6 +112,8 @@ def examine(me: Rank, device: torch.device, out: Path | None, plan: Path | None)
     }
     if me.local_rank == 0:
         checks = _checks_of_host(me, device, out, plan) | checks
+    if device.type == "cuda":
+        checks = {f"GPU {device.index}": lambda: gpu.own(device.index)} | checks
     return [finding for name, check in checks.items() for finding in guarded(name, check)]
 
 
@@ -203,18 +210,26 @@ def _report(
     }
     speaks = roll.me.rank == min(alone)
     findings = [*merge(alone), *together] if speaks else []
+    untold = _why_untold(tell, findings) if speaks else None
     if speaks:
-        try:
-            tell(findings)
-        finally:
-            # Not before: a launcher ends all ranks as soon as one leaves with an exit code of 1.
-            roll.tell("verdict", str(exit_status(findings)))
+        # Not before: a launcher ends all ranks as soon as one leaves with an exit code of 1.
+        roll.tell("verdict", str(exit_status(findings)))
     # Silence is no good sign either.
     verdict = roll.hear("verdict", limit + GRACE) or "1"
     roll.answer("leaving")
     if roll.me.rank == 0:  # the store may be this process's
         roll.missing("leaving", GRACE)
-    return Diagnosis(findings=findings, speaks=speaks, exit_status=int(verdict), broken=broken)
+    return Diagnosis(
+        findings=findings, speaks=speaks, exit_status=int(verdict), broken=broken, untold=untold
+    )
+
+
+def _why_untold(tell: Tell, findings: list[Finding]) -> Exception | None:
+    try:
+        tell(findings)
+    except Exception as error:  # noqa: BLE001 - the others wait for the verdict, and a broken group
+        return error
+    return None
 
 
 __all__ = ["LIMIT", "Diagnosis", "diagnose"]

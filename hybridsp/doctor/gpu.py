@@ -1,6 +1,8 @@
 """GPUs, the links between them, NCCL, and settings from the environment that slow or break it.
 
 PyTorch says what it can use, `nvidia-smi` what there is; where the two differ, that is the finding.
+A rank asks PyTorch for the free memory of its own GPU only: the question takes a CUDA context, half
+a gigabyte for as long as the process lives. That of the others is `nvidia-smi`'s to say.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ NVLINK = re.compile(r"NV(\d+)")
 
 
 def gpus(used: bool) -> list[Finding]:
-    """The GPUs of this host.
+    """The GPUs of this host together, without a context on any.
 
     Args:
         used: whether this process works on them (DS_ACCELERATOR may keep it off).
@@ -50,7 +52,7 @@ def gpus(used: bool) -> list[Finding]:
     count = torch.cuda.device_count()
     if not used:
         return [ok("GPUs", f"{count}, not used: DS_ACCELERATOR = cpu")]
-    findings = [_one_gpu(index) for index in range(count)]
+    findings = [_free_memory(count)]
     names = {torch.cuda.get_device_name(index) for index in range(count)}
     if len(names) > 1:
         findings.append(
@@ -63,7 +65,39 @@ def gpus(used: bool) -> list[Finding]:
     return [*findings, ok("driver", _driver(smi))]
 
 
-def _one_gpu(index: int) -> Finding:
+def _free_memory(count: int) -> Finding:
+    """What `nvidia-smi` says is free of the GPUs that PyTorch sees; indices are PyTorch's."""
+    there = f"{count} that PyTorch can use"
+    fields = "--query-gpu=uuid,memory.free,memory.total"
+    by_uuid = memory_by_uuid(nvidia_smi(fields, "--format=csv,noheader,nounits") or "")
+    uuids = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
+    known = {index: by_uuid[uuid] for index, uuid in enumerate(uuids) if uuid in by_uuid}
+    if not known:
+        return ok("GPUs", f"{there}; nvidia-smi does not tell what is free of them")
+    full = [index for index, (free, total) in known.items() if free < FULL * total]
+    if full:
+        lines = [f"GPU {i} {amount(known[i][0])} of {amount(known[i][1])}" for i in full]
+        return warning(
+            "GPUs",
+            f"{there}; free of {', '.join(lines)}",
+            "end the processes that hold the rest; nvidia-smi lists those of this host",
+        )
+    least = min(free for free, _ in known.values())
+    return ok("GPUs", f"{there}; {amount(least)} or more free of each of {len(known)}")
+
+
+def memory_by_uuid(rows: str) -> dict[str, tuple[int, int]]:
+    """Bytes free and in all, from nvidia-smi's `uuid, memory.free, memory.total` in MiB."""
+    found = {}
+    for row in rows.splitlines():
+        cells = [cell.strip() for cell in row.split(",")]
+        if len(cells) == 3 and cells[1].isdigit() and cells[2].isdigit():  # else [N/A]
+            found[cells[0]] = (int(cells[1]) * 2**20, int(cells[2]) * 2**20)
+    return found
+
+
+def own(index: int) -> Finding:
+    """The GPU that this process works on. Makes a context on it."""
     name = f"GPU {index}"
     try:
         free, total = torch.cuda.mem_get_info(index)
@@ -214,4 +248,14 @@ def _text_of(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-__all__ = ["gpus", "link_kinds", "links", "nccl", "nvidia_smi", "pinned_memory", "settings"]
+__all__ = [
+    "gpus",
+    "link_kinds",
+    "links",
+    "memory_by_uuid",
+    "nccl",
+    "nvidia_smi",
+    "own",
+    "pinned_memory",
+    "settings",
+]

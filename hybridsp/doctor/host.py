@@ -146,7 +146,10 @@ def _limit(value: int) -> str:
 
 
 def _cgroup_limits(cgroups: Path, membership: Path) -> list[tuple[int, int]]:
-    """(limit, used) of every memory cgroup around this process, of version 2 or 1."""
+    """(limit, used) of every memory cgroup around this process, of version 2 or 1.
+
+    Used is what cannot be had back: files that were read stay counted until somebody needs room.
+    """
     inside = ""
     try:
         for line in membership.read_text().splitlines():
@@ -156,16 +159,26 @@ def _cgroup_limits(cgroups: Path, membership: Path) -> list[tuple[int, int]]:
         inside = ""  # not Linux; the root, which is looked at anyway, is not there either
     folder = cgroups / inside
     around = [folder, *(parent for parent in folder.parents if parent.is_relative_to(cgroups))]
-    files = [(place / "memory.max", place / "memory.current") for place in around]
+    files = [(place / "memory.max", place / "memory.current", "") for place in around]
     old = cgroups / "memory"
-    files.append((old / "memory.limit_in_bytes", old / "memory.usage_in_bytes"))
+    files.append((old / "memory.limit_in_bytes", old / "memory.usage_in_bytes", "total_"))
     found = []
-    for limit, used in files:
+    for limit, used, prefix in files:
         try:
-            found.append((int(limit.read_text()), int(used.read_text())))
+            there = int(limit.read_text()), int(used.read_text())
         except (OSError, ValueError):
             continue  # no such cgroup, or "max": no limit
+        found.append((there[0], max(there[1] - _page_cache(used.parent, prefix), 0)))
     return found
+
+
+def _page_cache(cgroup: Path, prefix: str) -> int:
+    """Bytes of files in memory, which the kernel drops before a process goes without."""
+    try:
+        lines = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return sum(int(lines.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    except (OSError, ValueError):
+        return 0
 
 
 __all__ = [

@@ -24,11 +24,13 @@ from torch import Tensor
 from hybridsp.doctor.finding import Finding, Status, failing, ok, warning
 from hybridsp.ops import gla, softmax
 from hybridsp.ops.gla.contract import Tokens
+from hybridsp.ops.softmax.choose import why_not_varlen
 
 NAMED = ("torch", "transformers", "deepspeed", "accelerate")
 OPTIONAL = ("triton", "flash-linear-attention", "flash-attn", "liger-kernel", "peft")
 SOURCE_TREE = Path(__file__).parents[2]
 COMPILE_SECONDS = 120
+COMPARED = ("triton", "plain")  # backends of linear attention
 LIMIT = 0.05  # of a result's norm; bf16 comes to 0.01, what is miscompiled to more than 1
 
 # What DeepSpeed compiles CPUAdam with, in a few lines.
@@ -111,7 +113,7 @@ def linear_attention(device: torch.device) -> Finding:
         return warning(name, f"{slow}: {reason}", "mend what is said here")
     assembler = _assembler(device)
     try:
-        off = max(_off(a, b) for a, b in zip(*(_attend(device, x) for x in BACKENDS), strict=True))
+        off = max(_off(a, b) for a, b in zip(*(_attend(device, x) for x in COMPARED), strict=True))
     # Triton needs a C compiler and the driver's library when it first runs; its errors are many.
     except Exception as error:  # noqa: BLE001 - whatever it is, layers will meet it too
         return failing(
@@ -126,9 +128,6 @@ def linear_attention(device: torch.device) -> Finding:
             "set TRITON_PTXAS_PATH to the ptxas of CUDA 12.9 or later, and rm -r ~/.triton/cache",
         )
     return ok(name, f"triton; {assembler}; a trial was off by {off:.2%}")
-
-
-BACKENDS = ("triton", "plain")
 
 
 def _linear_tensors(device: torch.device) -> list[Tensor]:
@@ -168,17 +167,27 @@ def softmax_attention(device: torch.device) -> Finding:
         torch.empty(1, 64, heads, 128, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2)
     )
     chosen = softmax.choose_backend(q, k, v).name
-    others = [other for other in softmax.BACKENDS if other not in (chosen, "plain")]
+    packed = softmax.choose_backend(q, k, v, lengths_vary=True)
+    others = [x for x in softmax.BACKENDS if x not in (chosen, packed.name, "plain")]
     reasons = {other: softmax.why_not(other, q, k, v) for other in others}
     usable = [other for other, reason in reasons.items() if reason is None]
-    found = f"{chosen} for bf16, 8 query and 2 KV heads of 128"
+    found = f"{chosen} for bf16, 8 query and 2 KV heads of 128; packed documents: "
+    found += f"{packed.name}, {_how_packed(packed, q, k, v)}"
     if usable:
         found += f"; slower on this chip: {', '.join(usable)}"
     refused = "; ".join(f"{other}: {reason}" for other, reason in reasons.items() if reason)
     found += f"; not used: {refused}" if refused else ""
-    if chosen == "plain":
+    if "plain" in (chosen, packed.name):
         return warning(name, found, "install a CUDA build of PyTorch 2.11 or later, with cuDNN")
     return ok(name, found)
+
+
+def _how_packed(packed: softmax.Backend, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Whether a backend computes the blocks of packed documents at once, and if not, why."""
+    if packed.varlen is not None:
+        return "many in a call (varlen)"
+    reason = why_not_varlen(packed.name, q, k, v)
+    return f"one by one, as varlen is not used: {reason}"
 
 
 def optimizer_offload(pinning_fails: str | None, *, needed: bool = False) -> Finding:

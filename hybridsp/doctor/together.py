@@ -100,7 +100,7 @@ def on_a_thread(work: Work, device: torch.device, limit: float) -> Outcome:
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # each thread has its own
             outcomes.append(work())
-        except Exception as error:  # noqa: BLE001 - told as this rank's outcome
+        except BaseException as error:  # noqa: BLE001 - told as this rank's outcome
             text = " ".join(str(error).split())
             outcomes.append(Outcome(error=f"{type(error).__name__}: {text}"))
 
