@@ -99,7 +99,7 @@ def _proven(probe: Probe) -> str:
     kinds = dict.fromkeys(mixer.kind for mixer in probe.mixers)
     through = len({id(mixer.layer) for mixer in probe.mixers})
     like_them = (
-        f" through {through} of {n} layers, which the others are like"
+        f" through {through} of {n} layers (the others are like them)"
         if (n := len(decoder_layers(probe.model))) > through
         else ""
     )
