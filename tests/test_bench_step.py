@@ -1,6 +1,7 @@
 """`hybridsp bench step`: real steps at toy size, the planner's figures beside them."""
 
 import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ from test_bench import command, commands, record_of, told_by_rank_zero
 from tiny import tiny_config
 
 from hybridsp.bench import step, step_case
-from hybridsp.bench.step_report import table_row
+from hybridsp.bench.step_report import row_of, table_row
 from hybridsp.planner import GPUS, Cluster
 from hybridsp.planner.kernels import model_flops
 from hybridsp.planner.memory import memory
@@ -128,16 +129,33 @@ def test_shares_of_the_plan_in_the_table(tmp_path, dense):
     )  # fmt: skip
     measured = {"seconds": 2.0, "peak_bytes": 10 * 2**30, "flops": 2 * 989e12 / 4}
     predicted = {"predicted_seconds": 1.5, "predicted_peak_bytes": 11 * 2**30}
-    shown = table_row(step.row_of(case, measured, predicted, "h100-80", None))
+    shown = table_row(row_of(case, measured, predicted, "h100-80", None))
     assert (shown["seconds_off"], shown["peak_off"]) == (-25, pytest.approx(10))
     assert shown["mfu_percent"] == pytest.approx(25)
     assert (shown["zero"], shown["tiles"]) == ("1, host", "tiles of 2K")
     assert (shown["checkpoints"], shown["tokens_shown"]) == ("host, attention again", "4K")
 
 
+def test_sequence_parallelism_beside_data_parallelism(tmp_path, dense):
+    line = ["step", "--dtype", "fp32", "--tokens-per-rank", "16", "--steps", "1", "--sp", "2,1"]
+    line += ["--model", dense, "--out", str(tmp_path / "a")]
+    results = run_ranks(command, 2, line, timeout=90)
+    out = told_by_rank_zero(results, tmp_path / "a")
+    shared, own = record_of(tmp_path / "a", "step")["cases"]
+    assert [(row["dp"], row["tokens"], row["labels"]) for row in (shared, own)] == [
+        (1, 32, 31),
+        (2, 16, 2 * 15),
+    ]
+    for row in (shared, own):
+        assert row["tokens_per_second"] == pytest.approx(32 / row["seconds"])
+    share = 100 * own["seconds"] / shared["seconds"]
+    assert f"16 tokens per GPU: {Path(dense).name} 0.25 at SP 2 trains {share:.1f}% of" in out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--sp", "2"], "--sp 2 does not divide the 1 ranks"),
         (["--stage", "4"], "'4' is unknown: choose from 1, 2, 3"),
         (["--tiled-mlp", "some"], "'some' is no size"),
         (["--offload-activations", "yes"], "'yes' is unknown: choose from off, on"),

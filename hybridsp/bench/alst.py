@@ -16,21 +16,20 @@ from typing import Any
 
 from hybridsp.bench.alst_model import KERNELS, make_alst
 from hybridsp.bench.job import attempt_each, job, one_voice
-from hybridsp.bench.options import names, size, sizes
+from hybridsp.bench.options import size
 from hybridsp.bench.report import environment, format_table, make_folder, write_json
-from hybridsp.bench.step import row_of
 from hybridsp.bench.step_case import WARMUP_STEPS, Case, free, known_gpu
-from hybridsp.bench.step_report import COLUMNS, draw, table_row
+from hybridsp.bench.step_options import DEFAULT_TOKENS, add_step, add_switch
+from hybridsp.bench.step_report import COLUMNS, draw, row_of, table_row
 from hybridsp.bench.timing import measure
 from hybridsp.mesh import SPMesh
-from hybridsp.planner import GPUS, Setting, load_shape
+from hybridsp.planner import Setting, load_shape
 from hybridsp.planner.kernels import model_flops
 from hybridsp.planner.model import LINEAR
 from hybridsp.planner.presets import PRESETS
 from hybridsp.planner.search import DTYPE_BYTES
 from hybridsp.train.console import keep_quiet
 
-DEFAULT_TOKENS = {"cuda": (2**15, 2**17), "cpu": (2**8,)}
 RECORDED = (
     *("model", "tokens_per_rank", "stage", "offload_optimizer", "offload_activations"),
     *("tiled_mlp", "kernel", "dtype", "steps", "seed"),
@@ -51,25 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"dense: of {', '.join(PRESETS)}, or folders with config.json; default llama-1b",
     )
     parser.add_argument(
-        "--tokens-per-rank",
-        type=sizes,
-        metavar="L,...",
-        help="default 32K,128K on GPUs, 256 on CPUs",
-    )
-    parser.add_argument(
         "--stage", type=int, choices=(1, 2, 3), default=3, help="of ZeRO; default 3"
     )
-    for name, default, what in (
-        ("--offload-activations", "on", "keep layer inputs in host memory"),
-        ("--offload-optimizer", "off", "AdamW on the host"),
-    ):
-        parser.add_argument(
-            name,
-            type=names(("off", "on")),
-            default=(default,),
-            metavar="on|off",
-            help=f"{what}; `off,on` for both; default {default}",
-        )
+    add_switch(parser, "--offload-activations", "on", "keep layer inputs in host memory")
+    add_switch(parser, "--offload-optimizer", "off", "AdamW on the host")
     parser.add_argument(
         "--tiled-mlp",
         type=size,
@@ -81,26 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(KERNELS),
         help="of softmax attention; default cudnn on GPUs, PyTorch's choice on CPUs",
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bf16", help="default bf16")
-    parser.add_argument(
-        "--steps",
-        type=size,
-        default=2,
-        metavar="N",
-        help="timed, behind one that warms up; default %(default)s",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens; default 0")
-    parser.add_argument(
-        "--gpu",
-        choices=tuple(GPUS),
-        help="the planner's name of this GPU; default: by the name the driver tells",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the results; default bench_results/alst-DATE-TIME",
-    )
+    add_step(parser, name="alst")
 
 
 def run(args: argparse.Namespace) -> None:

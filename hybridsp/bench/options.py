@@ -53,16 +53,21 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="timed calls of each case, whose median counts; default %(default)s",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the results; default bench_results/NAME-DATE-TIME",
-    )
+    add_out(parser, "NAME")
     parser.add_argument(
         "--trace",
         action="store_true",
         help="save torch.profiler traces (chrome://tracing, ui.perfetto.dev)",
+    )
+
+
+def add_out(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where the results of benchmark `name` go."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for the results; default bench_results/{name}-DATE-TIME",
     )
 
 

@@ -17,148 +17,41 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybridsp.bench.job import attempt, attempt_each, job, one_voice
-from hybridsp.bench.options import names, size, sizes
 from hybridsp.bench.report import environment, make_folder, write_json
 from hybridsp.bench.step_case import Case, free, known_gpu, of_ranks, predict, take_steps
 from hybridsp.bench.step_data import ONE, OWN
 from hybridsp.bench.step_longest import find_longest, host_memory
-from hybridsp.bench.step_report import describe, draw
+from hybridsp.bench.step_options import (
+    DEFAULT_MODEL,
+    DEFAULT_SHARE,
+    DEFAULT_TOKENS,
+    DENSE,
+    add_arguments,
+    check,
+)
+from hybridsp.bench.step_report import describe, draw, row_of
 from hybridsp.mesh import SPMesh, choose_degrees
-from hybridsp.planner import GPUS, Cluster, Setting, load_shape
+from hybridsp.planner import Cluster, Setting, load_shape
 from hybridsp.planner.model import LINEAR
-from hybridsp.planner.presets import PRESETS
 from hybridsp.planner.search import DTYPE_BYTES
 from hybridsp.train.console import keep_quiet
 
-DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_TOKENS = {"cuda": (2**15, 2**17), "cpu": (2**8,)}
-WHOLE = "whole"
-DENSE, DEFAULT_SHARE = "dense", "0.25"
-SWITCHES = ("off", "on")
 RECORDED = (
     *("model", "checkpoint", "text", "documents", "warmup_tokens", "profile", "longest"),
-    *("softmax_layers", "tokens_per_rank", "stage", "offload_optimizer", "checkpointing"),
+    *("softmax_layers", "sp", "tokens_per_rank", "stage", "offload_optimizer", "checkpointing"),
     *("keep_attention", "offload_activations", "tiled_mlp", "dtype", "steps", "seed"),
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `hybridsp bench step`."""
-    models = parser.add_mutually_exclusive_group()
-    models.add_argument(
-        "--model",
-        type=_words,
-        metavar="NAME,...",
-        help="random weights in the shape of these: "
-        f"{', '.join(PRESETS)}, or folders with config.json; default {DEFAULT_MODEL}",
-    )
-    models.add_argument(
-        "--checkpoint",
-        type=_words,
-        metavar="FOLDER,...",
-        help="real weights: hybrid or dense checkpoints, as they are",
-    )
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        help="what to train on, documents as train/prepare_corpus.py writes them: their first "
-        "tokens by the tokenizer of each --checkpoint; default random tokens",
-    )
-    parser.add_argument(
-        "--documents",
-        type=_documents,
-        metavar=f"{OWN}|{ONE}|TOKENS",
-        help=f"which tokens see each other: those of one document of the text ({OWN}), all ({ONE}) "
-        f"or TOKENS in a row; default {OWN} with --text, else {ONE}",
-    )
-    parser.add_argument(
-        "--softmax-layers",
-        type=_words,
-        metavar="SHARE,...",
-        help="what becomes of a dense model: a hybrid with this share of softmax layers (0.25), or "
-        f"`{DENSE}` for the model itself; default 0.25. A hybrid is taken as it is",
-    )
-    parser.add_argument(
-        "--tokens-per-rank",
-        type=sizes,
-        metavar="L,...",
-        help="default 32K,128K on GPUs, 256 on CPUs",
-    )
-    parser.add_argument(
-        "--stage", type=_stages, default=(1,), metavar="N,...", help="of ZeRO, 1 to 3; default 1"
-    )
-    _add_switch(parser, "--checkpointing", "on", "compute layers again in the backward")
-    _add_switch(parser, "--keep-attention", "on", "of softmax attention keep the output")
-    _add_switch(parser, "--offload-activations", "off", "keep what is kept in host memory")
-    _add_switch(parser, "--offload-optimizer", "off", "AdamW on the host")
-    parser.add_argument(
-        "--tiled-mlp",
-        type=_tiles,
-        default=(None,),
-        metavar="TOKENS,...",
-        help=f"that an MLP computes at a time, or `{WHOLE}`; default {WHOLE}",
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bf16", help="default bf16")
-    parser.add_argument(
-        "--steps",
-        type=size,
-        default=2,
-        metavar="N",
-        help="timed, behind one that warms up; default %(default)s",
-    )
-    parser.add_argument(
-        "--warmup-tokens",
-        type=size,
-        metavar="L",
-        help="per rank in the step that warms up, where one as long as those timed costs too much; "
-        "host memory is pinned all the same",
-    )
-    parser.add_argument(
-        "--longest",
-        type=size,
-        metavar="TRIES",
-        help="then make sequences longer, by a third or a half each time, until memory runs out",
-    )
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="a step more of each row, and what its time goes into (some 100K tokens at the most: "
-        "a trace has an event for every kernel)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens; default 0")
-    parser.add_argument(
-        "--gpu",
-        choices=tuple(GPUS),
-        help="the planner's name of this GPU; default: by the name the driver tells",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the results; default bench_results/step-DATE-TIME",
-    )
-
-
-def _add_switch(parser: argparse.ArgumentParser, name: str, default: str, what: str) -> None:
-    parser.add_argument(
-        name,
-        type=names(SWITCHES),
-        default=(default,),
-        metavar="on|off",
-        help=f"{what}; `off,on` for both; default {default}",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Run `hybridsp bench step`."""
     with one_voice():
-        _check(args)
+        check(args)
     with job() as whole:
         keep_quiet(is_main=whole.rank == 0)
         args.tokens_per_rank = args.tokens_per_rank or DEFAULT_TOKENS[whole.device.type]
@@ -259,32 +152,6 @@ class Table:
         )
 
 
-def row_of(
-    case: Case,
-    figures: dict[str, Any],
-    predicted: dict[str, float],
-    gpu: str | None,
-    reason: str | None,
-) -> dict[str, Any]:
-    """A case's entry in the record.
-
-    Args:
-        case: what ran.
-        figures: what was measured; empty where it could not run.
-        predicted: what the planner says.
-        gpu: its name for the chip; of the peak of an unknown one nobody knows the share (MFU).
-        reason: why it could not run.
-    """
-    row = {**case.columns, **figures, **predicted, "reason": reason}
-    if figures and gpu is not None:
-        possible = case.setting.gpus * GPUS[gpu].peak * figures["seconds"]
-        row["mfu"] = figures["flops"] / possible
-    for name in ("seconds", "peak_bytes"):
-        if row.get(name) is not None and f"predicted_{name}" in row:
-            row[f"{name}_error"] = row[f"predicted_{name}"] / row[name] - 1
-    return row
-
-
 def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
     """All rows, each model's together.
 
@@ -294,11 +161,11 @@ def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
     found = []
     local = torch.cuda.device_count() or mesh.world_size
     models = args.checkpoint or args.model or (DEFAULT_MODEL,)
-    for model, word in product(models, args.softmax_layers or (None,)):
+    for model, word, sp in product(models, args.softmax_layers or (None,), _sp_degrees(args, mesh)):
         layers = None if args.checkpoint else _softmax_layers(model, word)
         config = load_shape(model, layers).config
         heads = config.num_attention_heads, config.num_key_value_heads
-        degrees = choose_degrees(mesh.world_size, *heads, local)
+        degrees = choose_degrees(sp, *heads, local)
         ways = settings(args, mesh.world_size, *degrees)
         found += [
             Case(
@@ -319,18 +186,15 @@ def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
     return found
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.checkpoint and args.softmax_layers:
-        raise ValueError(
-            "--softmax-layers makes a hybrid of a shape, but a --checkpoint is taken as it is: "
-            "leave it out, or convert the checkpoint first (hybridsp convert)"
-        )
-    if args.text and not args.checkpoint:
-        raise ValueError("--text needs the tokenizer of a --checkpoint: name one, or leave it out")
-    if args.documents == OWN and not args.text:
-        raise ValueError(
-            f"--documents {OWN} are those of a text: name it with --text, or say {ONE} or TOKENS"
-        )
+def _sp_degrees(args: argparse.Namespace, mesh: SPMesh) -> tuple[int, ...]:
+    degrees = args.sp or (mesh.world_size,)
+    for sp in degrees:
+        if mesh.world_size % sp:
+            raise ValueError(
+                f"--sp {sp} does not divide the {mesh.world_size} ranks of this job: every "
+                "sequence needs as many"
+            )
+    return degrees
 
 
 def _softmax_layers(model: str, word: str | None) -> str | None:
@@ -347,7 +211,14 @@ def settings(args: argparse.Namespace, gpus: int, ring: int, ulysses: int) -> li
         for name in ("offload_optimizer", "checkpointing", "keep_attention", "offload_activations")
     ]
     dtype_bytes = DTYPE_BYTES[args.dtype]
-    plain = Setting(gpus=gpus, ring=ring, ulysses=ulysses, stage=1, dtype_bytes=dtype_bytes)
+    plain = Setting(
+        gpus=gpus,
+        ring=ring,
+        ulysses=ulysses,
+        stage=1,
+        batch=gpus // (ring * ulysses),
+        dtype_bytes=dtype_bytes,
+    )
     found: dict[Setting, None] = {}
     for stage, tile, optimizer, checkpointing, keep, activations in product(
         args.stage, args.tiled_mlp, *switches
@@ -362,17 +233,4 @@ def settings(args: argparse.Namespace, gpus: int, ring: int, ulysses: int) -> li
     return list(found)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def _documents(text: str) -> str | int:
-    return text if text in (ONE, OWN) else size(text)
-
-
-def _stages(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in names(("1", "2", "3"))(text))
-
-
-def _tiles(text: str) -> tuple[int | None, ...]:
-    return tuple(None if word == WHOLE else size(word) for word in _words(text))
+__all__ = ["add_arguments", "cases", "measure_all", "run", "settings"]

@@ -104,6 +104,7 @@ class Case:
             "documents": self.documents,
             "ring": setting.ring,
             "ulysses": setting.ulysses,
+            "dp": setting.dp,
             "tokens": self.length,
             "stage": setting.stage,
             "offload_optimizer": setting.offload_optimizer,

@@ -13,11 +13,14 @@ from matplotlib.lines import Line2D
 
 from hybridsp.bench.options import human_bytes
 from hybridsp.bench.report import finish_panel, format_table, new_figure, scaled
+from hybridsp.bench.step_case import Case
 from hybridsp.metrics import GIB
+from hybridsp.planner import GPUS
 
 COLUMNS = {
     "model": "model",
     "layers": "softmax",
+    "degrees": "dp x ring x Ulysses",
     "tokens_shown": "tokens",
     "zero": "ZeRO",
     "checkpoints": "checkpoints",
@@ -40,7 +43,7 @@ COLUMNS = {
 }
 PROFILE_COLUMNS = {"kind": "kind", "milliseconds": "ms", "share": "% of it", "calls": "calls"}
 # What tells one way to run from another.
-NAMING = ("model", "layers", "zero", "checkpoints", "tiles")
+NAMING = ("model", "layers", "degrees", "zero", "checkpoints", "tiles")
 LEGEND_COLUMNS, LEGEND_INCHES = 2, 0.15
 NOTE = (
     "GPU GiB: allocated by PyTorch, without CUDA's context and NCCL's buffers; host GiB: resident "
@@ -50,12 +53,39 @@ NOTE = (
 )
 
 
+def row_of(
+    case: Case,
+    figures: dict[str, Any],
+    predicted: dict[str, float],
+    gpu: str | None,
+    reason: str | None,
+) -> dict[str, Any]:
+    """A case's entry in the record.
+
+    Args:
+        case: what ran.
+        figures: what was measured; empty where it could not run.
+        predicted: what the planner says.
+        gpu: its name for the chip; of the peak of an unknown one nobody knows the share (MFU).
+        reason: why it could not run.
+    """
+    row = {**case.columns, **figures, **predicted, "reason": reason}
+    if figures and gpu is not None:
+        possible = case.setting.gpus * GPUS[gpu].peak * figures["seconds"]
+        row["mfu"] = figures["flops"] / possible
+    for name in ("seconds", "peak_bytes"):
+        if row.get(name) is not None and f"predicted_{name}" in row:
+            row[f"{name}_error"] = row[f"predicted_{name}"] / row[name] - 1
+    return row
+
+
 def table_row(row: dict[str, Any]) -> dict[str, Any]:
     """What `COLUMNS` shows of a row of the record."""
     tile, reason = row["tiled_mlp"], row["reason"]
     return {
         "model": Path(row["model"]).name or row["model"],
         "layers": row["softmax_layers"] or "as it is",
+        "degrees": " x ".join(str(row[name]) for name in ("dp", "ring", "ulysses")),
         "tokens_shown": human_bytes(row["tokens"]),
         "zero": f"{row['stage']}" + (", host" if row["offload_optimizer"] else ""),
         "checkpoints": checkpoints(row),
@@ -99,7 +129,8 @@ def describe(record: dict[str, Any], folder: Path) -> str:
     )
     rows = record["cases"]
     sections = [title, format_table(COLUMNS, [table_row(row) for row in rows]), NOTE]
-    sections += ["\n".join(part) for part in (_ratios(rows), _longest(record["longest"])) if part]
+    parts = _ratios(rows), _against_dp(rows), _longest(record["longest"])
+    sections += ["\n".join(part) for part in parts if part]
     sections += [_profile(row) for row in rows if "profile" in row]
     return "\n\n".join([*sections, f"written to {folder}"])
 
@@ -111,12 +142,32 @@ def _ratios(rows: list[dict[str, Any]]) -> list[str]:
         if row.get("seconds") is not None:
             shown = table_row(row)
             way = tuple(shown[name] for name in ("zero", "checkpoints", "tiles"))
-            alike.setdefault((row["tokens"], row["documents"], *way), []).append(row)
+            alike.setdefault((row["tokens"], row["dp"], row["documents"], *way), []).append(row)
     return [
         f"{human_bytes(first['tokens'])} tokens: a step of {_name(other)} takes "
         f"{other['seconds'] / first['seconds']:.2f} times as long as one of {_name(first)}"
         for first, *others in alike.values()
         for other in others
+    ]
+
+
+def _against_dp(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows whose ranks share sequences, beside those with a sequence for each rank."""
+    ran = [row for row in rows if row.get("seconds") is not None]
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in ran:
+        sp = row["ring"] * row["ulysses"]
+        shown = table_row(row)
+        way = tuple(shown[name] for name in ("model", "layers", "zero", "checkpoints", "tiles"))
+        alike.setdefault((*way, row["tokens"] // sp), []).append({**row, "sp": sp})
+    return [
+        f"{human_bytes(tokens)} tokens per GPU: {_name(row)} at SP {row['sp']} trains "
+        f"{100 * row['tokens_per_second'] / base['tokens_per_second']:.1f}% of the tokens/s of "
+        "data parallelism"
+        for (*_, tokens), group in alike.items()
+        for base in [row for row in group if row["sp"] == 1][:1]
+        for row in group
+        if row["sp"] > 1
     ]
 
 
