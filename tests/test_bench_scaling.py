@@ -152,6 +152,7 @@ def test_alst_writes_its_record(tmp_path):
     line = ["alst", "--model", ",".join(models)]
     line += ["--tokens-per-rank", "16", "--dtype", "fp32", "--steps", "1"]
     line += ["--offload-activations", "off,on", "--out", str(tmp_path / "out")]
+    line += ["--warmup-tokens", "8"]
     (results,) = zip(*run_ranks(commands, 2, line, timeout=120), strict=True)
     out = told_by_rank_zero(results, tmp_path / "out")
     rows = record_of(tmp_path / "out", "alst")["cases"]

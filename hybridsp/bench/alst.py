@@ -32,7 +32,7 @@ from hybridsp.train.console import keep_quiet
 
 RECORDED = (
     *("model", "tokens_per_rank", "stage", "offload_optimizer", "offload_activations"),
-    *("tiled_mlp", "kernel", "dtype", "steps", "seed"),
+    *("tiled_mlp", "kernel", "dtype", "steps", "warmup_tokens", "seed"),
 )
 SHOWN = (
     *("model", "tokens_shown", "zero", "checkpoints", "seconds", "tokens_per_second"),
@@ -133,7 +133,9 @@ def measure_all(args: argparse.Namespace, todo: list[Case], mesh: SPMesh) -> dic
     gpu, rows = args.gpu or known_gpu(mesh), []
 
     def work(case: Case) -> dict[str, Any]:
-        return take_steps(case, mesh, kernel=args.kernel, steps=args.steps)
+        return take_steps(
+            case, mesh, kernel=args.kernel, steps=args.steps, warmup_tokens=args.warmup_tokens
+        )
 
     for case, figures, reason in attempt_each(todo, work, mesh, name="alst"):
         free(mesh)
@@ -147,12 +149,14 @@ def measure_all(args: argparse.Namespace, todo: list[Case], mesh: SPMesh) -> dic
     }
 
 
-def take_steps(case: Case, mesh: SPMesh, *, kernel: str | None, steps: int) -> dict[str, Any]:
+def take_steps(
+    case: Case, mesh: SPMesh, *, kernel: str | None, steps: int, warmup_tokens: int | None
+) -> dict[str, Any]:
     """The figures of a case. Collective over the world; see `step_case.take_steps`."""
     alst = make_alst(case, mesh, kernel=kernel)
     losses: list[float] = []
     try:
-        alst.warm_up(WARMUP_STEPS)
+        alst.warm_up(WARMUP_STEPS, warmup_tokens)
         times = measure(lambda: losses.append(alst.step()), mesh, repeats=steps, warmup=0)
     finally:
         alst.engine.destroy()  # also where memory ran out: the next case needs it

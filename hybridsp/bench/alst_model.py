@@ -62,22 +62,28 @@ class Alst:
     kernel: str | None
     mesh: SPMesh
 
-    def warm_up(self, steps: int) -> None:
-        """Steps that allocate and compile, and change no weight. Collective."""
+    def warm_up(self, steps: int, tokens: int | None = None) -> None:
+        """Steps that allocate and compile, and change no weight. Collective.
+
+        Args:
+            steps: how many.
+            tokens: per rank; None for all. The positions of a rank's first tokens are kept.
+        """
+        batch = {name: x[:, :tokens] for name, x in self.batch.items()}
         groups = self.engine.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group in groups:
             group["lr"] = 0.0
         for _ in range(steps):
-            self.step()
+            self.step(batch)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
 
-    def step(self) -> float:
-        """One optimizer step; the mean loss of the batch. Collective."""
+    def step(self, batch: dict[str, Tensor] | None = None) -> float:
+        """One optimizer step on `batch`, or else all tokens; their mean loss. Collective."""
         kernel = nullcontext() if self.kernel is None else sdpa_kernel(KERNELS[self.kernel])
         with self.offload, kernel:
-            loss = self.engine(**self.batch)
+            loss = self.engine(**(batch or self.batch))
             self.engine.backward(loss)
             self.engine.step()
         mean = loss.detach() / self.factor

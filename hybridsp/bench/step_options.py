@@ -78,13 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"that an MLP computes at a time, or `{WHOLE}`; default {WHOLE}",
     )
     parser.add_argument(
-        "--warmup-tokens",
-        type=size,
-        metavar="L",
-        help="per rank in the step that warms up, where one as long as those timed costs too much; "
-        "host memory is pinned all the same",
-    )
-    parser.add_argument(
         "--longest",
         type=size,
         metavar="TRIES",
@@ -119,6 +112,12 @@ def add_step(parser: argparse.ArgumentParser, *, name: str) -> None:
         default=2,
         metavar="N",
         help="timed, behind one that warms up; default %(default)s",
+    )
+    parser.add_argument(
+        "--warmup-tokens",
+        type=size,
+        metavar="L",
+        help="per rank in the step that warms up, where one as long as those timed costs too much",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokens; default 0")
     parser.add_argument(
