@@ -100,9 +100,7 @@ class SPMesh:
         Raises:
             ValueError: some rank brought an error; the message names each such rank and error.
         """
-        reports: list[str | None] = [None] * self.world_size
-        report = _message(error) if isinstance(error, Exception) else error
-        dist.all_gather_object(reports, report)
+        reports = gather_objects(_message(error) if isinstance(error, Exception) else error)
         failed = {rank: report for rank, report in enumerate(reports) if report is not None}
         if not failed:
             return
@@ -153,6 +151,16 @@ class SPMesh:
         self.ulysses_group = _my_group(grid.flatten(0, 1), timeout)
         self.data_group = _my_group(grid.view(1, -1), timeout)
         self.self_group = _my_group(grid.view(-1, 1), timeout)
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in rank order. Collective over the group, over all ranks for None.
+
+    Pickled, so for what is found out once, not for tensors. On NCCL the host waits for the GPU.
+    """
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def choose_degrees(
@@ -273,4 +281,4 @@ def _my_group(rows: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
     return group
 
 
-__all__ = ["DeepSpeedView", "SPMesh", "choose_degrees"]
+__all__ = ["DeepSpeedView", "SPMesh", "choose_degrees", "gather_objects"]

@@ -1,7 +1,11 @@
 """Layers whose first call one rank makes otherwise than the others: what each rank is told."""
 
+import contextlib
 import re
+from unittest import mock
 
+import pytest
+import torch
 from cases import case
 from distributed import run_ranks
 
@@ -13,6 +17,26 @@ def refusal(attention, tensors, options, mesh):
     except ValueError as error:
         return str(error)
     raise AssertionError("nothing was refused")
+
+
+def told_of_a_failure(attention, tensors, mesh, module, function):
+    """What this rank is told where `module.function`, on rank 1, fails with what is no ValueError.
+
+    Of a first call; of a later one, rank 1 meets the error itself, and nobody is asked.
+    """
+    first, later = (
+        mock.patch.object(module, function, side_effect=torch.OutOfMemoryError("too little"))
+        if mesh.rank == 1
+        else contextlib.nullcontext()
+        for _ in range(2)
+    )
+    with first:
+        told = refusal(attention, tensors, {}, mesh)
+    attention(*tensors, mesh=mesh)
+    if mesh.rank == 1:
+        with later, pytest.raises(torch.OutOfMemoryError, match="too little"):
+            attention(*tensors, mesh=mesh)
+    return told
 
 
 def told_of(attention, alike, calls, mesh, odd_rank):

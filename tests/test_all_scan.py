@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from cases import case
 from distributed import run_ranks
+from scan_oracle import naive_scan
 
 from hybridsp.collectives import all_scan, start_all_scan
 
@@ -46,16 +47,6 @@ def states_and_decays(ranks, decays):
     elif decays == "all cut":
         decay[:] = 0
     return state, decay
-
-
-def naive_scan(state, decay, *, reverse):
-    """What enters each rank: In(p+1) = d_p * In(p) + S_p."""
-    order = range(len(state))[::-1] if reverse else range(len(state))
-    incoming, entering = 0 * state[0], [None] * len(state)
-    for rank in order:
-        entering[rank] = incoming
-        incoming = decay[rank][..., None] * incoming + state[rank]
-    return torch.stack(entering)
 
 
 def all_scans(inputs, device, refused):

@@ -1,6 +1,5 @@
 """Calls of softmax attention that all ranks make together: what they ask, send and launch."""
 
-import contextlib
 import re
 import time
 from collections import Counter
@@ -10,12 +9,12 @@ from unittest import mock
 import pytest
 import torch
 from cases import case
-from disagreements import check_told, refusal, told_of
+from disagreements import check_told, refusal, told_of, told_of_a_failure
 from distributed import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridsp.attention import softmax, softmax_attention
-from hybridsp.collectives import RingExchange
+from hybridsp.collectives import RingExchange, agreement
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.softmax import choose_backend, plain
 
@@ -86,8 +85,8 @@ def test_one_rank_that_differs_in_a_first_call_ends_it_on_all(odd_rank, subtests
 
 def questions():
     mesh, asked = SPMesh(ring=2), []
-    agree = softmax.agree
-    softmax.agree = lambda group, call: asked.append(call) or agree(group, call)
+    agree = agreement.agree
+    agreement.agree = lambda group, call: asked.append(call) or agree(group, call)
     for length, end in ((4, 1), (5, 1), (4, 1), (4, 3)):
         bounds = torch.tensor([0, end, 2 * length], dtype=torch.int32)
         for _ in range(3):
@@ -230,17 +229,38 @@ def test_the_backend_is_chosen_for_the_heads_that_it_computes():
 
 
 def memory_runs_out_on_one_rank():
-    """What each rank is told when a backend's trial fails on rank 1 with what is no ValueError."""
-    mesh = SPMesh(ring=2)
+    """As in a backend's trial."""
     x = torch.randn(1, 4, 2, 8)
-    fails = mock.patch.object(softmax, "_backend", side_effect=torch.OutOfMemoryError("too little"))
-    with fails if mesh.rank == 1 else contextlib.nullcontext():
-        return refusal(softmax_attention, (x, x, x), {}, mesh)
+    return told_of_a_failure(softmax_attention, (x, x, x), SPMesh(ring=2), softmax, "_backend")
 
 
 def test_memory_that_runs_out_in_a_trial_ends_all_ranks():
     for told in run_ranks(memory_runs_out_on_one_rank, 2):
         assert "OutOfMemoryError: too little" in told
+
+
+def one_rank_has_another_kernel():
+    """What each rank is told where rank 1 chooses another backend than the rest."""
+    mesh, x = SPMesh(ulysses=2), torch.randn(1, 4, 4, 8)
+    other = replace(plain.BACKEND, name="other" if mesh.rank == 1 else "plain")
+    with mock.patch.object(softmax, "choose_backend", return_value=other):
+        return refusal(softmax_attention, (x, x, x), {}, mesh)
+
+
+def test_a_backend_that_one_rank_alone_has_is_told_of():
+    for told in run_ranks(one_rank_has_another_kernel, 2):
+        assert re.search("rank 0: .*by backend 'plain'; rank 1: .*by backend 'other'", told)
+
+
+def ranks_that_compute_other_heads():
+    mesh, x = SPMesh(ulysses=2), torch.randn(1, 4, 3, 8)
+    own = replace(plain.BACKEND, name=f"of {mesh.rank}")
+    with mock.patch.object(softmax, "choose_backend", return_value=own):
+        return softmax_attention(x, x, x, mesh=mesh).isfinite().all().item()
+
+
+def test_ranks_that_compute_other_heads_may_have_other_kernels():
+    assert run_ranks(ranks_that_compute_other_heads, 2) == [True, True]
 
 
 def test_one_document_is_a_length_like_any_other():

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
+import tomllib
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from hybridsp.doctor import Finding, Status, gpu, host, software
 from hybridsp.doctor.finding import amount, exit_status, failing, merge, name_ranks, ok, render
@@ -97,37 +100,8 @@ def test_limits(monkeypatch, tmp_path):
     assert "memlock" in host.locked_memory(card.parent).fix
 
 
-def test_host_memory_is_the_containers(tmp_path):
-    meminfo, membership = tmp_path / "meminfo", tmp_path / "cgroup"
-    meminfo.write_text(f"MemTotal: {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {48 * 2**20} kB\n")
-    membership.write_text("0::/job/step\n")
-    groups = tmp_path / "cgroups"
-    (groups / "job" / "step").mkdir(parents=True)
-    read = host.host_memory(meminfo, groups, membership)
-    assert (read.total, read.available) == (64 * GIB, 48 * GIB)
-    for folder, limit, used in (("job", 16 * GIB, 6 * GIB), ("job/step", "max", 5 * GIB)):
-        (groups / folder / "memory.max").write_text(f"{limit}\n")
-        (groups / folder / "memory.current").write_text(f"{used}\n")
-    read = host.host_memory(meminfo, groups, membership)
-    assert (read.total, read.available) == (16 * GIB, 10 * GIB)
-    # What the page cache holds is there for the asking.
-    (groups / "job" / "memory.stat").write_text(
-        f"anon {GIB}\nfile {5 * GIB}\ninactive_file {3 * GIB}\nactive_file {GIB}\n"
-    )
-    assert host.host_memory(meminfo, groups, membership).available == 14 * GIB
-    assert host.host_memory(tmp_path / "absent", groups, membership) is None
+def test_memory_that_nobody_knows():
     assert host.memory(None).status == "ok"
-
-
-def test_host_memory_of_an_old_cgroup(tmp_path):
-    meminfo, old = tmp_path / "meminfo", tmp_path / "cgroups" / "memory"
-    meminfo.write_text(f"MemTotal: {64 * 2**20} kB\nMemAvailable: {48 * 2**20} kB\n")
-    old.mkdir(parents=True)
-    (old / "memory.limit_in_bytes").write_text(str(16 * GIB))
-    (old / "memory.usage_in_bytes").write_text(str(15 * GIB))
-    stat = f"inactive_file 1\ntotal_inactive_file {8 * GIB}\ntotal_active_file {4 * GIB}\n"
-    (old / "memory.stat").write_text(stat)
-    assert host.host_memory(meminfo, old.parent, tmp_path / "absent").available == 13 * GIB
 
 
 def test_disk(monkeypatch, tmp_path):
@@ -281,6 +255,14 @@ def test_an_installed_package_knows_what_it_needs(tmp_path, monkeypatch):
     unknown = mock.Mock(side_effect=software.importlib.metadata.PackageNotFoundError)
     monkeypatch.setattr(software.importlib.metadata, "requires", unknown)
     assert software.versions(tmp_path)[0].status == "warning"
+
+
+def test_the_packages_of_every_extra_are_told_of():
+    project = tomllib.loads((software.SOURCE_TREE / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].items()
+    lines = itertools.chain.from_iterable(lines for name, lines in extras if name != "test")
+    named = {Requirement(line).name for line in lines}
+    assert named <= {*software.OPTIONAL}
 
 
 def test_optimizer_offload(monkeypatch):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hybridsp.doctor import Finding, host
+from hybridsp.doctor import Finding
 from hybridsp.doctor.finding import exit_status
 from hybridsp.doctor.plan import check_plan, read_needs
+from hybridsp.host_memory import HostMemory
 
 MIB, GIB = 2**20, 2**30
 
@@ -40,11 +41,11 @@ def test_plan(recipe):
     needs, findings = read_needs(recipe().parent, None, 0)  # as `hybridsp plan --out` leaves it
     assert [finding.status for finding in findings] == ["ok"]
     assert (needs.ranks, needs.offloads_optimizer, needs.out.name) == (2, False, "run")
-    enough = host.HostMemory(total=2**50, available=2**50)
+    enough = HostMemory(total=2**50, available=2**50)
     assert exit_status(check_plan(needs, enough, 80 * GIB)) == 0
-    gpu_memory, host_memory = check_plan(needs, host.HostMemory(total=MIB, available=MIB), MIB)
+    gpu_memory, host_memory = check_plan(needs, HostMemory(total=MIB, available=MIB), MIB)
     assert gpu_memory.status == host_memory.status == "failing"
-    busy = host.HostMemory(total=2**50, available=MIB)
+    busy = HostMemory(total=2**50, available=MIB)
     assert [finding.status for finding in check_plan(needs, busy, None)] == ["ok", "warning"]
     assert [finding.status for finding in check_plan(needs, None, None)] == ["ok", "ok"]
 
@@ -67,3 +68,8 @@ def test_a_recipe_that_is_wrong_is_a_finding(recipe):
     assert needs is None
     assert "no_such_key" in one(findings, "plan: memory").found
     assert read_needs(Path("absent.yaml"), 2, 0)[0] is None
+    for content in ("- no recipe", "ring: [", "ring: 1\nring: 2", "\x00"):
+        file = recipe()
+        file.write_text(content)
+        needs, (finding,) = read_needs(file, 2, 0)
+        assert (needs, finding.status) == (None, "failing"), content

@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 from cases import case
-from disagreements import check_told, told_of
+from disagreements import check_told, told_of, told_of_a_failure
 from distributed import run_ranks
 from sp_cases import DOCUMENTS, TOTAL, Case, check, check_bf16
 
 from hybridsp.attention import linear, linear_attention
 from hybridsp.attention.linear import METHODS
-from hybridsp.collectives import ALGORITHMS
+from hybridsp.collectives import ALGORITHMS, agreement
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.gla import contract, segment_ids
 from hybridsp.ops.gla.plain import PlainBackward, PlainForward
@@ -260,17 +260,28 @@ def test_one_rank_that_differs_in_a_first_call_ends_it_on_all(odd_rank, subtests
     check_told(disagreements, odd_rank, REFUSED, DIFFERENT, subtests)
 
 
+def memory_runs_out_on_one_rank():
+    """As where g's values are looked at."""
+    inputs = gla_inputs(1, "vector", total=4, heads=2)
+    return told_of_a_failure(linear_attention, inputs, SPMesh(ring=2), linear, "check_tokens")
+
+
+def test_any_failure_before_a_first_call_ends_all_ranks():
+    for told in run_ranks(memory_runs_out_on_one_rank, 2, timeout=60):
+        assert "OutOfMemoryError: too little" in told
+
+
 def questions():
     """What the ranks ask each other in calls of several lengths, layer after layer."""
     mesh, asked = SPMesh(ring=2), []
-    agree = linear.agree
-    linear.agree = lambda group, call: asked.append(call) or agree(group, call)
+    agree = agreement.agree
+    agreement.agree = lambda group, call: asked.append(call) or agree(group, call)
     for method in ("lasp2", "ulysses"):
         for length in (4, 5, 4):
             inputs = gla_inputs(1, "vector", total=length, heads=2)
             for _ in range(3):
                 linear_attention(*inputs, mesh=mesh, method=method)
-    return asked
+    return [call for call in asked if call.startswith("linear_attention")]
 
 
 def test_a_new_length_is_a_new_kind_under_ulysses_alone():

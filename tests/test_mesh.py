@@ -9,7 +9,7 @@ from cases import case
 from distributed import expect_raises, run_ranks
 
 from hybridsp.launch import LAUNCHER_VARIABLES, SLURM_VARIABLES, Rank, rank_from_environment
-from hybridsp.mesh import SPMesh, choose_degrees
+from hybridsp.mesh import SPMesh, choose_degrees, gather_objects
 
 GROUPS = ("dp_group", "sp_group", "ring_group", "ulysses_group", "data_group", "self_group")
 
@@ -215,9 +215,7 @@ def test_incomplete_variables_are_refused(names):
 def join_by_itself(ring):
     assert not dist.is_initialized()
     mesh = SPMesh(ring=ring)
-    total = [None] * mesh.world_size
-    dist.all_gather_object(total, mesh.rank)
-    return mesh.sp, mesh.device.type, total
+    return mesh.sp, mesh.device.type, gather_objects(mesh.rank)
 
 
 def test_a_mesh_joins_the_launchers_job():
@@ -239,3 +237,15 @@ def test_a_job_without_a_meeting_point_is_refused():
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     match = "MASTER_ADDR is not set for a job of 2 ranks"
     expect_raises(join_without_a_launcher, 1, ValueError, match, slurm, backend=None)
+
+
+def gathered():
+    mesh = SPMesh(ring=2)
+    groups = (None, mesh.sp_group, mesh.self_group)
+    return [gather_objects({"rank": mesh.rank}, group) for group in groups]
+
+
+def test_objects_are_gathered_in_rank_order_over_all_or_a_group():
+    ranks = [{"rank": rank} for rank in range(4)]
+    for rank, found in enumerate(run_ranks(gathered, 4)):
+        assert found == [ranks, ranks[:2] if rank < 2 else ranks[2:], [ranks[rank]]]

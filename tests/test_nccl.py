@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from cases import case
 from distributed import DEEPSPEED, PRELOAD, run_ranks
+from scan_oracle import naive_scan
 from tiny import batch_of, reference_loss_sum, tiny_model
 from torch.nn import functional as F
 
@@ -61,7 +62,7 @@ def scans(device):
         if options["algorithm"] == "symmetric" and device.type == "cpu":
             continue  # it writes into the memory of other GPUs
         exact = [x.double().requires_grad_() for x in (state, decay)]
-        expected = naive_scan(*exact, reverse)
+        expected = naive_scan(*exact, reverse=reverse)
         right = [expected, *torch.autograd.grad(expected, exact, dout.double())]
         mine = [x[rank].clone().requires_grad_() for x in (state, decay)]
         out = all_scan(*mine, dist.group.WORLD, reverse=reverse, **options)
@@ -69,16 +70,6 @@ def scans(device):
         with case(f"{options}, {name}, reverse {reverse}"):
             for part, whole in zip(got, right, strict=True):
                 torch.testing.assert_close(part.double(), whole[rank], rtol=1e-5, atol=1e-5)
-
-
-def naive_scan(state, decay, reverse):
-    """What enters each rank: In(p+1) = d_p * In(p) + S_p."""
-    order = range(len(state))[::-1] if reverse else range(len(state))
-    incoming, entering = 0 * state[0], [None] * len(state)
-    for rank in order:
-        entering[rank] = incoming
-        incoming = decay[rank][..., None] * incoming + state[rank]
-    return torch.stack(entering)
 
 
 def halos(device):

@@ -235,6 +235,7 @@ def test_a_plan_says_what_it_needs(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"gpu": "v100"}, "gpu = 'v100' is unknown; known are a100-80, h100-80"),
+        ({"gpu": "h100"}, "gpu = 'h100' is unknown; did you mean h100-80? known are a100-80"),
         ({"gpus": "12"}, "gpus = 12 is no multiple of gpus_per_node = 8; use 8 or 16"),
         ({"gpus": "1025"}, "gpus = 1025 is out of range"),
         ({"network": "0"}, "network = 0.0 must be positive"),
@@ -297,7 +298,8 @@ def test_what_does_not_fit_says_what_would(small):
     [
         ("{", "is no valid JSON"),
         ('{"model_type": "bert"}', "model_type 'bert', which cannot be planned"),
-        ("[]", "model_type None"),
+        ("[]", "must hold a JSON object, not"),
+        ("{}", "model_type = None is unknown"),
     ],
 )
 def test_configs_that_cannot_be_planned(tmp_path, text, message):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from cases import case
 from distributed import run_ranks
 from fresh_interpreter import in_fresh_interpreter
+from scan_oracle import naive_scan
 
 from hybridsp.collectives import symmetric
 from hybridsp.collectives.symmetric import (
@@ -40,15 +41,6 @@ def states_and_decays(ranks, shape, decay_rows, device="cpu"):
     decay = torch.rand(ranks, *shape[:2], decay_rows)
     decay[-1, 0] = 0  # a document starts there
     return state.to(device), decay.to(device)
-
-
-def naive_scan(state, decay, reverse):
-    """What enters each rank: In(p+1) = d_p * In(p) + S_p."""
-    incoming, entering = torch.zeros_like(state[0]), [None] * len(state)
-    for rank in range(len(state))[:: -1 if reverse else 1]:
-        entering[rank] = incoming
-        incoming = decay[rank][..., None] * incoming + state[rank]
-    return entering
 
 
 SLICE, SLOTS = 16, 12
@@ -83,7 +75,7 @@ def emulate():
                 state, decay = states_and_decays(count, shape, rows)
                 order = range(count)[:: -1 if reverse else 1]
                 got = {p: ranks.run(p, state, decay, reverse) for p in order}
-                expected = dict(enumerate(naive_scan(state, decay, reverse)))
+                expected = dict(enumerate(naive_scan(state, decay, reverse=reverse)))
                 torch.testing.assert_close(got, expected, **CLOSE)
                 assert not ranks.flags().any()
         with case(f"{count} ranks, the first ones a call ahead"):
@@ -91,7 +83,7 @@ def emulate():
             order = sorted((2 * call + p, call, p) for call in range(5) for p in range(count))
             got = {(call, p): ranks.run(p, *calls[call], False) for _, call, p in order}
             for call, inputs in enumerate(calls):
-                expected = naive_scan(*inputs, False)
+                expected = list(naive_scan(*inputs))
                 torch.testing.assert_close([got[call, p] for p in range(count)], expected, **CLOSE)
             assert not ranks.flags().any()
 
@@ -147,7 +139,7 @@ def run(rank, path, calls):
             time.sleep(0.02 * ((call // 6 + rank) % 3))  # each is the slowest for a while
             got.append(connection.scan(state[rank], decay[rank], group, reverse))
     assert files.generation == 2
-    expected = [naive_scan(*inputs, reverse)[rank] for inputs, reverse in calls]
+    expected = [naive_scan(*inputs, reverse=reverse)[rank] for inputs, reverse in calls]
     torch.testing.assert_close(got, expected, **CLOSE)
     dist.barrier()
     for box in connection._mailboxes[rank]:
@@ -291,7 +283,7 @@ def scans_on_gpus(calls):
     inputs = [states_and_decays(ranks, *shape, device="cuda") for shape in GPU_SHAPES]
     assert why_not(inputs[0][0], group) is None
     expected = {
-        (i, reverse): naive_scan(*pair, reverse)[rank]
+        (i, reverse): naive_scan(*pair, reverse=reverse)[rank]
         for i, pair in enumerate(inputs)
         for reverse in (False, True)
     }

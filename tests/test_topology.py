@@ -1,6 +1,7 @@
 """The probe: positive finite figures, the same on every rank, measured once per group."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from distributed import run_ranks
 
 from hybridsp.collectives import all_scan
 from hybridsp.collectives import topology as probe
+from hybridsp.collectives.cost import Link, Topology
 from hybridsp.collectives.topology import consecutive_ranks, host_identity, topology
 
 DEVICE = torch.device("cpu")
@@ -65,6 +67,17 @@ def test_all_ranks_measure_the_same(hosts):
         for figure in (link.latency, link.bandwidth):
             assert math.isfinite(figure)
             assert figure > 0
+
+
+def test_links_are_told_in_words():
+    link = Link(latency=41.2e-6, bandwidth=361e9)
+    slow = Link(latency=1e-4, bandwidth=1.25e9)
+    found = Topology(ranks_per_host=2, within=link, between=slow, all_gather=slow)
+    assert str(found) == (
+        "41 us and 361 GB/s to the next rank of the host, 100 us and 1.25 GB/s to the next host, "
+        "100 us and 1.25 GB/s in an all-gather"
+    )
+    assert "next rank of the host" not in str(replace(found, within=None))
 
 
 def one_rank():

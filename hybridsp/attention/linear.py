@@ -19,10 +19,10 @@ state that entered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybridsp.collectives import ALGORITHMS, left_halo, start_all_scan
-from hybridsp.collectives.agreement import agree
+from hybridsp.collectives.agreement import admit
 from hybridsp.collectives.all_scan import Algorithm
 from hybridsp.collectives.head_exchange import heads_to_tokens, tokens_to_heads
-from hybridsp.collectives.per_group import per_group
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.conv import causal_conv, document_offsets
 from hybridsp.ops.gla import (
@@ -107,9 +106,9 @@ def linear_attention(
             sent. In later calls a refusal (of boundaries, of g) is raised on its rank alone, and
             the others wait for the group's timeout and fail there.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tokens = Tokens(q=q, k=k, v=v, g=g, scale=scale, segments=None)
-    chosen = _admit(tokens, mesh, cu_seqlens, method, algorithm, backend)
+    call = _Call(q, k, v, g, scale, method, algorithm, backend)
+    tokens, chosen = _admit(call, mesh, cu_seqlens)
+    scale = tokens.scale
     if method == "ulysses":
         return _by_heads(tokens, mesh, cu_seqlens, chosen)
     segments = _segments(q, cu_seqlens, *_owned(q, mesh))
@@ -224,61 +223,68 @@ def short_convolution(
     return causal_conv(x, weight, bias, activation=activation, offsets=offsets, left_context=halo)
 
 
-def _kind(tokens: Tokens, packed: bool, method: str, algorithm: str) -> str:
-    """What must be the same on every rank, or the ranks' messages would not match.
+class _Call(NamedTuple):
+    """The arguments of a call, but for the mesh and the documents."""
 
-    L is here only under ulysses, whose messages are made of tokens. A state is as large whatever L
-    is, so under the other methods a new length is no new kind. And a kind is the group's, not a
-    layer's: of a batch of a new length under ulysses the first layer alone asks the other ranks.
-    (Lengths that were all agreed on before and now differ between ranks are not noticed.)
-    """
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    scale: float | None
+    method: str
+    algorithm: str
+    backend: str | None
 
-    def shown(x: Tensor) -> str:
-        sizes = [str(size) for size in x.shape]
-        if method != "ulysses":
-            sizes[1:2] = ["L"]
-        return f"({', '.join(sizes)}) {str(x.dtype).removeprefix('torch.')}"
+    def kind(self, packed: bool) -> Hashable:
+        """What must be the same on every rank, or the ranks' messages would not match.
 
-    tensors = ", ".join(f"{name} {shown(getattr(tokens, name))}" for name in "qkvg")
-    return (
-        f"linear_attention({tensors}, cu_seqlens {'given' if packed else 'None'}, "
-        f"scale={tokens.scale}, method={method!r}, algorithm={algorithm!r}) "
-        f"on {tokens.q.device.type}"
-    )
+        L is here only under ulysses, whose messages are made of tokens. A state is as large
+        whatever L is, so under the other methods a new length is no new kind. And a kind is the
+        group's, not a layer's: of a batch of a new length under ulysses the first layer alone asks
+        the other ranks. (Lengths that were all agreed on before and now differ between ranks are
+        not noticed.)
+        """
+        tensors = [(x.shape, x.dtype) for x in self[:4]]
+        if self.method != "ulysses":
+            tensors = [(shape[:1] + shape[2:], dtype) for shape, dtype in tensors]
+        return "linear_attention", *tensors, self[4:], packed, self.q.device.type
+
+    def words(self, packed: bool, found: Tokens, backend: Backend) -> str:
+        """The kind, for people, and what was found for the options that were left open."""
+
+        def shown(x: Tensor) -> str:
+            sizes = [str(size) for size in x.shape]
+            if self.method != "ulysses":
+                sizes[1:2] = ["L"]
+            return f"({', '.join(sizes)}) {str(x.dtype).removeprefix('torch.')}"
+
+        tensors = ", ".join(f"{name} {shown(getattr(self, name))}" for name in "qkvg")
+        return (
+            f"linear_attention({tensors}, cu_seqlens {'given' if packed else 'None'}, "
+            f"scale={found.scale}, method={self.method!r}, algorithm={self.algorithm!r}) "
+            f"on {self.q.device.type} by backend {backend.name!r}"
+        )
 
 
-@per_group
-def _agreed(_group: dist.ProcessGroup) -> set[tuple[str, str | None]]:
-    """The kinds of call that every rank of the group has made, and the backends asked for."""
-    return set()
+def _admit(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> tuple[Tokens, Backend]:
+    """The tokens and backend of a call against which nothing speaks, on any rank if it is new."""
+    packed = cu_seqlens is not None
 
-
-def _admit(
-    tokens: Tokens,
-    mesh: SPMesh,
-    cu_seqlens: Tensor | None,
-    method: str,
-    algorithm: str,
-    backend: str | None,
-) -> Backend:
-    """The backend of a call against which nothing speaks, on any rank if its kind is new."""
-    kind = _kind(tokens, cu_seqlens is not None, method, algorithm)
-    known = _agreed(mesh.sp_group)
-    is_new = (kind, backend) not in known
-    try:
+    def look() -> tuple[Tokens, Backend]:
+        q, k, v, g = call[:4]
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        tokens = Tokens(q=q, k=k, v=v, g=g, scale=scale, segments=None)
         check_tokens(tokens)
-        _check_method(method, algorithm, tokens.q.shape[2], mesh.sp)
-        chosen = choose_backend(tokens, backend)
+        _check_method(call.method, call.algorithm, q.shape[2], mesh.sp)
+        chosen = choose_backend(tokens, call.backend)
         if cu_seqlens is not None:
-            require_one_packed_row(tokens.q, cu_seqlens, tokens.q.shape[1] * mesh.sp)
-    except ValueError as error:
-        if is_new:
-            agree(mesh.sp_group, "linear_attention", refusal=str(error))  # tells all, and raises
-        raise
-    if is_new:
-        agree(mesh.sp_group, f"{kind} by backend {chosen.name!r}")
-        known.add((kind, backend))
-    return chosen
+            require_one_packed_row(q, cu_seqlens, q.shape[1] * mesh.sp)
+        return tokens, chosen
+
+    def words(found: tuple[Tokens, Backend]) -> str:
+        return call.words(packed, *found)
+
+    return admit(mesh.sp_group, call.kind(packed), look, words, name="linear_attention")
 
 
 def _check_method(method: str, algorithm: str, num_heads: int, ranks: int) -> None:

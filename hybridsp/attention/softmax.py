@@ -9,10 +9,10 @@ all-to-alls runs once (`keep.py`).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 from zlib import crc32
 
-import torch.distributed as dist
 from torch import Tensor
 
 from hybridsp.attention.ring import RingAttention
@@ -20,8 +20,7 @@ from hybridsp.attention.ring_choice import choose_variant
 from hybridsp.attention.ring_plan import VARIANTS, RingPlan
 from hybridsp.attention.ring_transport import transport_of
 from hybridsp.collectives import heads_to_seq, seq_to_heads
-from hybridsp.collectives.agreement import agree
-from hybridsp.collectives.per_group import per_group
+from hybridsp.collectives.agreement import admit
 from hybridsp.collectives.ring_links import ring_links, ring_ranks_per_host
 from hybridsp.collectives.topology import hosts_of
 from hybridsp.layout import Relayout, relayout
@@ -123,12 +122,17 @@ class _Call(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self[:3]
 
-    def kind(self, packed: bool) -> str:
+    def kind(self, packed: bool) -> Hashable:
         """What must be the same on every rank, or the ranks' messages would not match.
 
         These are made of tokens, so L is part of it. But a kind is the group's, not a layer's: of a
         batch of a new length the first layer alone asks the other ranks.
         """
+        tensors = [(x.shape, x.dtype) for x in self.tensors]
+        return "softmax_attention", *tensors, self[3:], packed, self.q.device.type
+
+    def words(self, packed: bool) -> str:
+        """The kind, for people."""
         tensors = ", ".join(
             f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
             for name, x in zip("qkv", self.tensors, strict=True)
@@ -141,37 +145,29 @@ class _Call(NamedTuple):
         )
 
 
-@per_group
-def _agreed(_group: dist.ProcessGroup) -> set[str]:
-    """The kinds of call that every rank of the group has made."""
-    return set()
-
-
 def _admit(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> tuple[Relayout, Backend]:
     """Who computes what, and by which backend, in a call against which nothing speaks.
 
     On any rank if its kind is new; then the boundaries too are compared between the ranks.
     """
-    kind, known = call.kind(cu_seqlens is not None), _agreed(mesh.sp_group)
-    try:
+    packed = cu_seqlens is not None
+
+    def look() -> tuple[Relayout, Backend]:
         route = _route(call, mesh, cu_seqlens)
         # One document is a length like any other; those of several will not come again.
-        chosen = _backend(call, route, mesh, lengths_vary=len(route.layout.bounds) > 2)
-    except Exception as error:  # also memory that runs out in a backend's trial: the others wait
-        if kind not in known:
-            agree(mesh.sp_group, "softmax_attention", refusal=_refusal(error))  # tells all, raises
-        raise
-    if kind not in known:
-        bounds = route.layout.bounds
-        agree(mesh.sp_group, f"{kind}, documents {_shown(bounds)}")
-        known.add(kind)
+        return route, _backend(call, route, mesh, lengths_vary=len(route.layout.bounds) > 2)
+
+    def words(found: tuple[Relayout, Backend]) -> str:
+        route, chosen = found
+        # Who computes other heads than the rest may need another kernel for them.
+        alike = len({(len(share.q), len(share.kv)) for share in route.shares}) == 1
+        by = f", by backend {chosen.name!r}" if alike else ""
+        return f"{call.words(packed)}, documents {_shown(route.layout.bounds)}{by}"
+
+    found = admit(mesh.sp_group, call.kind(packed), look, words, name="softmax_attention")
     if call.variant == "double_ring" and call.ranks_per_host is None:
         _found_ranks_per_host(mesh)  # refuses on every rank alike, before anything is sent
-    return route, chosen
-
-
-def _refusal(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return found
 
 
 def _route(call: _Call, mesh: SPMesh, cu_seqlens: Tensor | None) -> Relayout:

@@ -6,14 +6,17 @@ is about to do into the group's store. Rank 0 reads what all have written and wr
 and every rank raises the same error or none. The store is not the network that collectives use: a
 rank that does *not* come is missed after the store's timeout, by name, on those that wait for it.
 
-Only first calls are compared, so only of those it holds that every rank hears of every refusal. Who
-refuses a call of a kind that was agreed on before raises alone; the others wait in a collective for
-as long as their group's timeout lets them.
+Only first calls are compared (`admit`), so that later ones cost a look into a table, and only of
+first ones it holds that every rank hears of every refusal. Who refuses a call of a kind that was
+agreed on before raises alone; the others wait in a collective for as long as their group's timeout
+lets them.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import Store
@@ -21,6 +24,64 @@ from torch.distributed import Store
 from hybridsp.collectives.per_group import per_group
 
 AGREED = "agreed"
+T = TypeVar("T")
+
+
+def admit(
+    group: dist.ProcessGroup,
+    kind: Hashable,
+    look: Callable[[], T],
+    words: Callable[[T], str],
+    *,
+    name: str,
+) -> T:
+    """What `look` finds in a call against which nothing speaks; on any rank, if its kind is new.
+
+    A call of a known kind costs its look and no more: no words are made and nobody is asked.
+
+    Args:
+        group: all its ranks make the call.
+        kind: of the call, such that it is new on every rank or on none.
+        look: raises what speaks against the call on this rank.
+        words: what of the call and of what was found has to be the same on every rank.
+        name: of what is called.
+
+    Raises:
+        ValueError: if the kind is new, as in `compare`.
+        Exception: otherwise, what `look` raises here.
+    """
+    known = _admitted(group)
+    if kind in known:
+        return look()
+    found = compare(group, look, words, name=name)
+    known.add(kind)
+    return found
+
+
+@per_group
+def _admitted(_group: dist.ProcessGroup) -> set[Hashable]:
+    """The kinds of call that every rank of the group has made."""
+    return set()
+
+
+def compare(
+    group: dist.ProcessGroup, look: Callable[[], T], words: Callable[[T], str], *, name: str
+) -> T:
+    """What `look` finds in a call that every rank makes now, after all have heard of each other.
+
+    Args: as in `admit`.
+
+    Raises:
+        ValueError: whatever `look` raised, here or on another rank, or words that differ: on every
+            rank (see `agree`).
+    """
+    try:
+        found = look()
+    except Exception as error:  # memory that runs out, too: the others wait for this rank
+        agree(group, name, refusal=_refusal(error))  # tells all, and raises
+        raise
+    agree(group, words(found))
+    return found
 
 
 @per_group
@@ -58,6 +119,10 @@ def agree(group: dist.ProcessGroup, call: str, refusal: str | None = None) -> No
         judged = _hear(store, keys, verdict, call)
         if judged != AGREED:
             raise ValueError(judged)
+
+
+def _refusal(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _judge(store: Store, keys: list[str], call: str) -> str:

@@ -47,7 +47,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridsp.collectives.per_group import per_group
-from hybridsp.collectives.topology import gather_objects, host_identity
+from hybridsp.collectives.topology import host_identity
+from hybridsp.mesh import gather_objects
 
 SLICE = 4096  # numbers per message: 16 KiB
 PROGRAMS = 64  # that run at a time, each a loop over slices: a half of the SMs of an H100

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from hybridsp.collectives.cost import Link, Topology
 from hybridsp.collectives.per_group import per_group
 from hybridsp.collectives.scans.line import Line
 from hybridsp.collectives.torch_names import all_gather
+from hybridsp.mesh import gather_objects
 
 SMALL_BYTES = 4 * 2**10
 # Up to 4 MiB a message over NVLink costs its launch; gloo moves about a gigabyte a second.
@@ -32,7 +32,6 @@ BURSTS, MESSAGES_PER_BURST = 3, 4
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def topology(group: dist.ProcessGroup, device: torch.device) -> Topology:
@@ -49,7 +48,9 @@ def topology(group: dist.ProcessGroup, device: torch.device) -> Topology:
     if device.type not in known:
         known[device.type] = _measure(group, device)
         if group.rank() == 0:
-            logger.info("%s ranks on %s: %s", group.size(), device.type, known[device.type])
+            logger.info(
+                "%s ranks on %s measured: %s", group.size(), device.type, known[device.type]
+            )
     return known[device.type]
 
 
@@ -69,16 +70,6 @@ def host_identity() -> str:
 def hosts_of(group: dist.ProcessGroup) -> list[str]:
     """The host of each rank, in rank order. Collective where it has not been asked before."""
     return gather_objects(host_identity(), group)
-
-
-def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
-    """Every rank's value, in rank order. Pickled, so for what is found out once, not for tensors.
-
-    On NCCL the host waits for the GPU.
-    """
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def consecutive_ranks(hosts: list[str]) -> int | None:

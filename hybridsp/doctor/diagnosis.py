@@ -24,6 +24,7 @@ from hybridsp.doctor.finding import Finding, exit_status, failing, merge, ok
 from hybridsp.doctor.plan import Needs, check_plan, read_needs
 from hybridsp.doctor.roll_call import RollCall
 from hybridsp.doctor.together import GRACE, try_collectives
+from hybridsp.host_memory import host_memory
 from hybridsp.launch import Rank, rank_from_environment, variables
 from hybridsp.recipe import one_line
 
@@ -142,7 +143,7 @@ def _checks_of_host(
         "shared memory": lambda: host.shared_memory(gpus),
         "open files": lambda: host.open_files(me.world_size),
         "locked memory": host.locked_memory,
-        "host memory": lambda: host.memory(host.host_memory()),
+        "host memory": lambda: host.memory(host_memory()),
         "plan": lambda: _plan_and_room(me, device, out, plan),
     }
 
@@ -163,7 +164,7 @@ def _plan_and_room(
     if needs is None:
         return [*findings, host.disk(out or Path())]
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
-    findings += check_plan(needs, host.host_memory(), total)
+    findings += check_plan(needs, host_memory(), total)
     return [*findings, host.disk(out or needs.out, needs.disk)]
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from hybridsp.doctor.finding import Finding, amount, failing, ok, warning
+from hybridsp.host_memory import HostMemory
 
 GIB = 2**30
 # NCCL puts its buffers between GPUs without peer access there, and data loaders their batches.
@@ -75,32 +75,6 @@ def locked_memory(infiniband: Path = Path("/sys/class/infiniband")) -> Finding:
     return ok("locked memory", f"{found}; only InfiniBand needs more, and there is none")
 
 
-@dataclass(frozen=True, kw_only=True)
-class HostMemory:
-    """Bytes that processes here may use at all, and that nobody uses now."""
-
-    total: int
-    available: int
-
-
-def host_memory(
-    meminfo: Path = Path("/proc/meminfo"),
-    cgroups: Path = Path("/sys/fs/cgroup"),
-    membership: Path = Path("/proc/self/cgroup"),
-) -> HostMemory | None:
-    """The host's memory, or its container's where that is less; None where Linux does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        total, available = (
-            int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")
-        )
-    except (OSError, KeyError, ValueError):
-        return None
-    for limit, used in _cgroup_limits(cgroups, membership):
-        total, available = min(total, limit), min(available, max(limit - used, 0))
-    return HostMemory(total=total, available=available)
-
-
 def memory(of_host: HostMemory | None) -> Finding:
     """The host's memory."""
     if of_host is None:
@@ -145,46 +119,8 @@ def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else str(value)
 
 
-def _cgroup_limits(cgroups: Path, membership: Path) -> list[tuple[int, int]]:
-    """(limit, used) of every memory cgroup around this process, of version 2 or 1.
-
-    Used is what cannot be had back: files that were read stay counted until somebody needs room.
-    """
-    inside = ""
-    try:
-        for line in membership.read_text().splitlines():
-            if line.startswith("0::"):
-                inside = line.removeprefix("0::").strip("/")
-    except OSError:
-        inside = ""  # not Linux; the root, which is looked at anyway, is not there either
-    folder = cgroups / inside
-    around = [folder, *(parent for parent in folder.parents if parent.is_relative_to(cgroups))]
-    files = [(place / "memory.max", place / "memory.current", "") for place in around]
-    old = cgroups / "memory"
-    files.append((old / "memory.limit_in_bytes", old / "memory.usage_in_bytes", "total_"))
-    found = []
-    for limit, used, prefix in files:
-        try:
-            there = int(limit.read_text()), int(used.read_text())
-        except (OSError, ValueError):
-            continue  # no such cgroup, or "max": no limit
-        found.append((there[0], max(there[1] - _page_cache(used.parent, prefix), 0)))
-    return found
-
-
-def _page_cache(cgroup: Path, prefix: str) -> int:
-    """Bytes of files in memory, which the kernel drops before a process goes without."""
-    try:
-        lines = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return sum(int(lines.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
-    except (OSError, ValueError):
-        return 0
-
-
 __all__ = [
-    "HostMemory",
     "disk",
-    "host_memory",
     "locked_memory",
     "memory",
     "open_files",

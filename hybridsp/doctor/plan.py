@@ -12,16 +12,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-import yaml
-from pydantic import ValidationError
 
 from hybridsp.deepspeed_config import deepspeed_config, parse_deepspeed
 from hybridsp.doctor.finding import Finding, amount, failing, ok, warning
-from hybridsp.doctor.host import HostMemory
+from hybridsp.host_memory import HostMemory
 from hybridsp.planner import Cluster, Setting, load_shape
 from hybridsp.planner.files import RECIPE_FILE
 from hybridsp.planner.memory import FRAGMENTATION, memory
 from hybridsp.recipe import Recipe, load_recipe, one_line
+from hybridsp.untrusted import MAX_YAML_BYTES, parse_yaml, read_text
 
 # fp32 weights and AdamW's two moments, and the weights in bf16 for ZeRO 1 and 2.
 CHECKPOINT_BYTES = 14
@@ -120,9 +119,8 @@ def check_plan(
 def _without_files(file: Path) -> Recipe | None:
     """The recipe without a look at its files; None where it is none."""
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return Recipe(**settings)
-    except (OSError, TypeError, ValidationError, yaml.YAMLError):
+        return Recipe(**parse_yaml(read_text(file, MAX_YAML_BYTES), str(file)))
+    except (OSError, TypeError, ValueError):
         return None
 
 

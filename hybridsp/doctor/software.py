@@ -27,7 +27,14 @@ from hybridsp.ops.gla.contract import Tokens
 from hybridsp.ops.softmax.choose import why_not_varlen
 
 NAMED = ("torch", "transformers", "deepspeed", "accelerate")
-OPTIONAL = ("triton", "flash-linear-attention", "flash-attn", "liger-kernel", "peft")
+OPTIONAL = (
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "flash-linear-attention",
+    "peft",
+)
 SOURCE_TREE = Path(__file__).parents[2]
 COMPILE_SECONDS = 120
 COMPARED = ("triton", "plain")  # backends of linear attention

@@ -15,6 +15,7 @@ chip reaches of its own. A plan says which is which.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from hybridsp.collectives.cost import Link, Topology
 
@@ -148,7 +149,9 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
-            raise ValueError(f"gpu = {self.gpu!r} is unknown; known are {', '.join(GPUS)}")
+            near = get_close_matches(self.gpu.lower(), GPUS, n=1)
+            guess = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"gpu = {self.gpu!r} is unknown; {guess}known are {', '.join(GPUS)}")
         if not 1 <= self.gpus <= MOST_GPUS:
             raise ValueError(f"gpus = {self.gpus} is out of range; plan for 1 to {MOST_GPUS}")
         if self.gpus_per_node < 1:

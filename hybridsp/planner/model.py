@@ -8,7 +8,6 @@ Symbols: D hidden size, I width of the MLP, H heads, K and V dims of a linear he
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,8 @@ from hybridsp.convert.mapping import SUPPORTED_MODEL_TYPES, hybrid_config
 from hybridsp.convert.source import find_source
 from hybridsp.models.hybrid_gla import HybridGLAConfig
 from hybridsp.planner.presets import PRESETS, preset_config
+from hybridsp.pretrained import check_config
+from hybridsp.untrusted import reading
 
 SOFTMAX, LINEAR = "full_attention", "linear_attention"
 
@@ -69,8 +70,14 @@ class ModelShape:
     @property
     def gates(self) -> int:
         """Decays of a linear layer per token, over all heads."""
-        per_head = self.config.linear_key_head_dim if self.config.linear_decay == "vector" else 1
+        per_channel = self.config.linear_decay in ("vector", "key")
+        per_head = self.config.linear_key_head_dim if per_channel else 1
         return self.config.linear_num_heads * per_head
+
+    @property
+    def projects_gates(self) -> bool:
+        """Whether a linear layer's gates have weights of their own."""
+        return self.config.linear_decay in ("vector", "scalar")
 
     @property
     def embedding(self) -> int:
@@ -124,7 +131,7 @@ class ModelShape:
         query, key, value = self.linear_widths
         out = c.linear_num_heads * c.linear_value_head_dim
         products = [(hidden, query), (hidden, key), (hidden, value), (out, hidden)]
-        if c.linear_decay != "fixed":
+        if self.projects_gates:
             rank = c.linear_gate_low_rank_dim
             products += [(hidden, rank), (rank, self.gates)]
         return products + [(hidden, out)] * bool(c.linear_output_gate)
@@ -150,7 +157,7 @@ class ModelShape:
         return (
             qkv * (bool(c.attention_bias) + c.linear_conv_kernel_dim)
             + out_bias
-            + self.gates * (c.linear_decay != "fixed")
+            + self.gates * self.projects_gates
             + 2 * c.linear_key_head_dim * bool(c.linear_qk_norm)
             + c.linear_value_head_dim * bool(c.linear_output_norm)
         )
@@ -165,7 +172,7 @@ class ModelShape:
         return (
             both
             + 3 * bool(c.linear_conv_kernel_dim)
-            + (c.linear_decay != "fixed")
+            + self.projects_gates
             + 2 * bool(c.linear_qk_norm)
             + bool(c.linear_output_norm)
         )
@@ -231,19 +238,18 @@ def load_config(path: str | Path) -> PretrainedConfig:
             f"file or one of {', '.join(PRESETS)} (`hf download NAME config.json --local-dir DIR` "
             "fetches the config alone)"
         )
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}") from error
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = check_config(file)
+    model_type = fields["model_type"]
     if model_type == HybridGLAConfig.model_type:
-        return HybridGLAConfig.from_dict(fields)
+        with reading(file, "config"):
+            return HybridGLAConfig.from_dict(fields)
     if model_type not in SUPPORTED_MODEL_TYPES:
         known = ", ".join((HybridGLAConfig.model_type, *SUPPORTED_MODEL_TYPES))
         raise ValueError(
             f"{file} is of model_type {model_type!r}, which cannot be planned; supported: {known}"
         )
-    return CONFIG_MAPPING[model_type].from_dict(fields)
+    with reading(file, "config"):
+        return CONFIG_MAPPING[model_type].from_dict(fields)
 
 
 __all__ = ["LINEAR", "SOFTMAX", "ModelShape", "load_config", "load_shape"]

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridsp.adapters import decoder_layers
-from hybridsp.mesh import SPMesh
+from hybridsp.mesh import SPMesh, gather_objects
 from hybridsp.self_check.layers import Mixer, first_of_each_kind, passing_by
 from hybridsp.self_check.no_trace import leaving_no_trace
 from hybridsp.self_check.probe import Probe, Trace
@@ -87,7 +87,7 @@ def self_check(engine: Any, mesh: SPMesh) -> str:
         proven = _proven(probe)
         if untold := sum(isinf(x) for x in allowed.values()):
             proven += f", but {untold} of {len(allowed)} move too much by rounding alone to tell"
-    _raise_together(problems, mesh)
+    _raise_together(problems)
     line = f"self-check passed in {time.perf_counter() - start:.1f} s: {proven}; {sharding}"
     if mesh.rank == 0:
         logger.info(line)
@@ -250,12 +250,10 @@ def _likely_reason(probe: Probe, what: str, got: Tensor, right: Tensor, toleranc
     )
 
 
-def _raise_together(problems: list[str], mesh: SPMesh) -> None:
+def _raise_together(problems: list[str]) -> None:
     """Raise on every rank what any rank found."""
-    reports: list[list[str]] = [[] for _ in range(mesh.world_size)]
-    dist.all_gather_object(reports, problems)
     ranks: dict[str, list[int]] = {}
-    for rank, report in enumerate(reports):
+    for rank, report in enumerate(gather_objects(problems)):
         for problem in report:
             ranks.setdefault(problem, []).append(rank)
     if not ranks:
