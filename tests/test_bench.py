@@ -206,6 +206,7 @@ def test_on_gpus(ranks, tmp_path):
         (["all-scan", "--repeats", "0"], "'0' is no size"),
         (["linear", "--methods", "lasp3"], "'lasp3' is unknown: choose from zeco"),
         (["linear", "--backends", "cuda"], "'cuda' is unknown"),
+        (["linear", "--algorithms", "chain", "--methods", "lasp2,ulysses"], "name it in --methods"),
         (["linear", "--pass", "bwd"], "'bwd' is unknown: choose from fwd, fwd+bwd"),
         (["linear", "--tokens", "8"], "unrecognized arguments"),
     ],
@@ -219,6 +220,13 @@ def test_mistakes_are_one_line_of_rank_zero(line, message, monkeypatch):
         for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
             monkeypatch.setenv(name, value)
         assert command(line) == (2, "", "")
+
+
+def test_algorithms_of_a_scan_that_one_rank_does_not_make():
+    """Many ranks measure zeco unless told otherwise; one rank does if told."""
+    code, _, err = command(["linear", "--algorithms", "chain"])
+    assert code == 2
+    assert "--algorithms chain: these are of the All-Scan under zeco" in err
 
 
 def test_help_names_every_benchmark_and_imports_nothing_heavy():

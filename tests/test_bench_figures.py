@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cases import case
 from distributed import run_ranks
 
-from hybridsp.bench import cost_model, linear_check, report, trace
+from hybridsp.bench import cost_model, linear_check, report, timing, trace
 from hybridsp.bench.cost_model import Measured, Scan
 from hybridsp.bench.job import attempt
 from hybridsp.bench.linear_ops import Shape, make_inputs
@@ -215,6 +215,45 @@ def test_overlap_in_a_trace():
     assert trace.describe(events).endswith("40% hidden")
     assert trace.describe(events[:3]) == "nothing ran beside the main stream"
     assert trace.overlap(events[:2]) is None
+    # Held until 90: of the side streams (90, 110) is left, of the main one (100, 150) and more.
+    found = trace.overlap([*events, kernel(7, 0, 90, "spin_kernel(long)")])
+    assert (found.side_us, found.hidden_us) == (20, 10)
+
+
+class Event:
+    """Of a GPU that reaches the fifth event and those behind it too early, for a host this slow."""
+
+    made = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        Event.made += 1
+        self.number = Event.made
+
+    def record(self):
+        pass
+
+    def query(self):
+        return self.number in (1, 2, 5, 6)
+
+    def elapsed_time(self, other):
+        return 1e3 * self.number
+
+
+def test_only_calls_launched_in_time_count(monkeypatch):
+    held = []
+    fakes = {"Event": Event, "_sleep": held.append, "synchronize": lambda: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(timing, "gather_objects", lambda ahead: [ahead, True])
+    mesh = SimpleNamespace(device=torch.device("cuda"), world_size=1)
+    # Pairs of events: (1, 2) late, (3, 4) in time, (5, 6) late, (7, 8) in time.
+    assert timing._queued_seconds(lambda: None, mesh, 2) == [3, 7]
+    first = timing.FIRST_HOLD * timing.CYCLES_PER_SECOND
+    assert held == [first, 2 * first, 2 * first, 4 * first]
+    monkeypatch.setattr(Event, "query", lambda _self: True)
+    with pytest.raises(RuntimeError, match="the call waits for the GPU"):
+        timing._queued_seconds(lambda: None, mesh, 1)
 
 
 def test_sizes_and_names():

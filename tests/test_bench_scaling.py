@@ -135,14 +135,15 @@ def test_the_rivals_gradients_are_exact(backend, ranks, tmp_path):
     results = run_ranks(rivals_gradients, ranks, models, (1, 2, 3), backend=backend, timeout=200)
     for model in models:
         torch.manual_seed(0)
-        alone = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(model))
-        batch = results[0][1]
+        with torch.device("cuda" if backend == "nccl" else "cpu"):  # its generator, as the ranks'
+            alone = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(model))
+        batch = {name: x.to(alone.device) for name, x in results[0][1].items()}
         alone(**batch, use_cache=False).loss.backward()
-        right = {name: p.grad for name, p in alone.named_parameters()}
+        right = {name: p.grad.cpu() for name, p in alone.named_parameters()}
         for found, _ in results:
             for stage in (1, 2, 3):
                 for name, grad in found[model, stage].items():
-                    error = (grad - right[name]).norm() / right[name].norm()
+                    error = (grad.cpu() - right[name]).norm() / right[name].norm()
                     assert error < 1e-5, (model, stage, name, error)
 
 

@@ -272,6 +272,8 @@ def test_on_gpus(ranks, tmp_path):
         (["--link", "-3"], "--link -3.0 GB/s"),
         (["--link", "nan"], "--link nan GB/s"),
         (["--host-link", "0"], "--host-link 0.0 GB/s"),
+        (["--host-link", "50"], "--host-link 50.0 GB/s in a job of one rank"),
+        (["--link", "300", "--window", "64"], "--link 300.0 GB/s with --window 64"),
         (["--ranks-per-host", "1"], "--ranks-per-host 1 is no ring"),
         (
             ["--variants", "tree"],

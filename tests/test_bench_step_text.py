@@ -170,10 +170,6 @@ def test_a_try_that_proves_nothing_is_not_made():
     assert tried[-1] == found.fits < found.fails
 
 
-def test_the_host_has_memory():
-    assert 2**29 < step_longest.host_memory() < 2**50
-
-
 def event(category, name, start, duration, thread=1, **args):
     return {
         "ph": "X",

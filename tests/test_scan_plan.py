@@ -1,8 +1,10 @@
 """What All-Scan refuses: on one rank, between ranks, and what it does not ask twice."""
 
+import contextlib
 import re
 import time
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from cases import case
 from distributed import run_ranks
 
-from hybridsp.collectives import all_scan, scan_plan, start_all_scan
+from hybridsp.collectives import agreement, all_scan, scan_plan, start_all_scan
 from hybridsp.collectives.agreement import agree
 from hybridsp.collectives.scan_plan import Options, refusal_of_arguments, refusal_of_values
 
@@ -213,7 +215,7 @@ def test_a_refusal_in_a_later_call_is_its_ranks_alone(subtests):
 def asks():
     """How often the ranks compare their calls."""
     questions = []
-    scan_plan.agree = lambda group, call, refusal: questions.append(call)
+    agreement.agree = lambda group, call: questions.append(call)
     state, decay = torch.randn(1, 2, 5, 4), torch.rand(1, 2, 5).requires_grad_()
     for reverse in (False, True):
         for _ in range(2):
@@ -236,3 +238,15 @@ def one_rank_needs_nobody():
 
 def test_one_rank_needs_nobody():
     run_ranks(one_rank_needs_nobody, 1)
+
+
+def memory_runs_out_on_one_rank():
+    group, failure = dist.group.WORLD, torch.OutOfMemoryError("too little")
+    fails = mock.patch.object(scan_plan, "refusal_of_values", side_effect=failure)
+    with fails if dist.get_rank() == 1 else contextlib.nullcontext():
+        return message(all_scan, STATE, DECAY, group)
+
+
+def test_any_failure_before_a_first_call_ends_all_ranks():
+    for told in run_ranks(memory_runs_out_on_one_rank, 2, timeout=60):
+        assert "OutOfMemoryError: too little" in told

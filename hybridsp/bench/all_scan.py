@@ -47,7 +47,7 @@ from hybridsp.bench.scan_cases import (
     shape_of,
     wire_bandwidth,
 )
-from hybridsp.bench.timing import Times, measure
+from hybridsp.bench.timing import Times, check_queued, measure
 from hybridsp.collectives.all_scan import ALGORITHMS
 from hybridsp.collectives.topology import topology
 from hybridsp.mesh import SPMesh
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
                     "a scan over 1 rank sends nothing: start at least 2, for example "
                     "torchrun --nproc-per-node 2 -m hybridsp.cli bench all-scan"
                 )
+            check_queued(mesh, queued=args.queued)
             included = mesh.on_rank_zero(_read_included, args.include)
             folder = mesh.on_rank_zero(make_folder, "all-scan", args.out)
         if shapes is None:
@@ -144,6 +145,7 @@ def measure_all(
         "options": {
             "algorithms": args.algorithms,
             "repeats": args.repeats,
+            "queued": args.queued,
             "states": shapes,
             "included": [str(path) for path in args.include],
         },
@@ -184,7 +186,7 @@ def measure_cases(
     with tqdm(total=total, desc="all-scan", unit="case", disable=mesh.rank > 0) as bar:
         for shape in shapes:
             for case, why_not in cases(args, mesh, shape):
-                call = partial(measure, case.call, mesh, repeats=args.repeats)
+                call = partial(measure, case.call, mesh, repeats=args.repeats, queued=args.queued)
                 times, reason = attempt(call, mesh) if why_not is None else (None, why_not)
                 rows.append(row_of(case, times, reason, bandwidth, mesh))
                 bar.update()
@@ -295,9 +297,10 @@ def _shown_name(row: dict[str, Any]) -> str:
 
 def _title(record: dict[str, Any]) -> str:
     where = record["environment"]
+    queued = ", queued" if record["options"]["queued"] else ""
     return (
         f"All-Scan, {where['world']} x {where['chip']} on {where['hosts']} host(s), "
-        f"{where['backend']}; wire {record['wire_bytes_per_second'] / 1e9:.2f} GB/s"
+        f"{where['backend']}{queued}; wire {record['wire_bytes_per_second'] / 1e9:.2f} GB/s"
     )
 
 

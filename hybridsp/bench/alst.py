@@ -10,6 +10,7 @@ divide by the ranks) or what runs out of memory is a row that says so.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,13 @@ def run(args: argparse.Namespace) -> None:
             args.kernel = args.kernel or ("cudnn" if on_gpu else None)
             todo = cases(args, whole)
             folder = whole.on_rank_zero(make_folder, "alst", args.out)
-        record = measure_all(args, todo, SPMesh(ulysses=whole.world_size))
+
+        def save(record: dict[str, Any]) -> None:
+            if whole.rank == 0:
+                write_json(folder / "alst.json", record)
+
+        record = measure_all(args, todo, SPMesh(ulysses=whole.world_size), save)
         if whole.rank == 0:
-            write_json(folder / "alst.json", record)
             draw(record, folder / "alst.png")
             print(describe(record, folder))
 
@@ -128,9 +133,22 @@ def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
     ]
 
 
-def measure_all(args: argparse.Namespace, todo: list[Case], mesh: SPMesh) -> dict[str, Any]:
-    """The record of a run. Collective."""
-    gpu, rows = args.gpu or known_gpu(mesh), []
+def measure_all(
+    args: argparse.Namespace,
+    todo: list[Case],
+    mesh: SPMesh,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The record of a run, saved after every row. Collective."""
+    gpu = args.gpu or known_gpu(mesh)
+    rows: list[dict[str, Any]] = []
+    record = {
+        "bench": "alst",
+        "environment": environment(mesh),
+        "gpu": gpu,
+        "options": {name: getattr(args, name) for name in RECORDED},
+        "cases": rows,
+    }
 
     def work(case: Case) -> dict[str, Any]:
         return take_steps(
@@ -140,13 +158,8 @@ def measure_all(args: argparse.Namespace, todo: list[Case], mesh: SPMesh) -> dic
     for case, figures, reason in attempt_each(todo, work, mesh, name="alst"):
         free(mesh)
         rows.append(row_of(case, figures or {}, {}, gpu, reason))
-    return {
-        "bench": "alst",
-        "environment": environment(mesh),
-        "gpu": gpu,
-        "options": {name: getattr(args, name) for name in RECORDED},
-        "cases": rows,
-    }
+        save(record)
+    return record
 
 
 def take_steps(

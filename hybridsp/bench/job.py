@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from hybridsp.launch import rank_from_environment
-from hybridsp.mesh import SPMesh
+from hybridsp.mesh import SPMesh, gather_objects
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -84,8 +84,7 @@ def attempt(
         speaks = isinstance(error, (ValueError, ImportError))
         text = str(error) if speaks else f"{type(error).__name__}: {error}"
         reason = " ".join(text.split())
-    reasons: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(reasons, reason)
+    reasons = gather_objects(reason)
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
     told = [(rank, text) for rank, text in enumerate(reasons) if text is not None]

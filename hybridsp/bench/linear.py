@@ -12,7 +12,7 @@ The first call of each op, on few tokens, is timed apart: it compiles and tunes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,42 +36,21 @@ from hybridsp.bench.linear_ops import (
     make_inputs,
     parallel_op,
 )
-from hybridsp.bench.options import add_common, add_layer, human_bytes, names
-from hybridsp.bench.report import (
-    environment,
-    finish_panel,
-    format_table,
-    make_folder,
-    new_figure,
-    scaled,
-    write_json,
-)
-from hybridsp.bench.timing import Times, copy_bandwidth, measure, seconds_of_first
+from hybridsp.bench.linear_report import describe, draw
+from hybridsp.bench.options import add_common, add_layer, names
+from hybridsp.bench.report import environment, make_folder, write_json
+from hybridsp.bench.timing import Times, check_queued, copy_bandwidth, measure, seconds_of_first
 from hybridsp.collectives.all_scan import ALGORITHMS
+from hybridsp.launch import rank_from_environment
 from hybridsp.mesh import SPMesh
-from hybridsp.metrics import GIB
 from hybridsp.ops.gla.contract import BACKENDS
 
 LOCAL, ZECO = "local", "zeco"
+DEFAULT_ALGORITHMS = ("auto",)
 PASSES: dict[str, Callable[[Op, Inputs], Any]] = {"fwd": forward, "fwd+bwd": forward_backward}
 DEFAULT_TOKENS = {"cuda": (2**13, 2**15, 2**17), "cpu": (2**9, 2**11)}
 # Kernels are keyed by head sizes, not by length: compile and tune where a call is cheap.
 FIRST_CALL_TOKENS = 2048
-COLUMNS = {
-    "method": "method",
-    "scan": "scan",
-    "backend": "backend",
-    "tokens_shown": "tokens/rank",
-    "forward_ms": "fwd ms",
-    "forward_floor": "x floor",
-    "training_ms": "fwd+bwd ms",
-    "training_floor": "x floor",
-    "floor_ms": "floor ms",
-    "peak_gib": "peak GiB",
-    "tokens_per_second": "tokens/s/rank",
-    "sp_tax": "SP tax",
-    "first_call_seconds": "first call s",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--algorithms",
         type=names(ALGORITHMS),
-        default=("auto",),
         metavar="NAME,...",
         help=f"of the All-Scan under zeco, of {', '.join(ALGORITHMS)}; default auto",
     )
@@ -136,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
         _check(args)
     with job() as mesh:
         with one_voice():
+            check_queued(mesh, queued=args.queued)
             folder = mesh.on_rank_zero(make_folder, "linear", args.out)
         record = measure_all(args, mesh, folder)
         if mesh.rank == 0:
@@ -183,10 +162,10 @@ class Case:
 
 def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
     """All rows, `local` before what is compared with it."""
-    methods = args.methods or (METHODS if mesh.world_size > 1 else ())
+    kinds: list[tuple[str, str | None, str]]
     kinds = [(LOCAL, None, backend) for backend in args.backends]
-    for method in methods:
-        algorithms = args.algorithms if method == ZECO else (None,)
+    for method in _methods(args, mesh.world_size):
+        algorithms = (args.algorithms or DEFAULT_ALGORITHMS) if method == ZECO else (None,)
         ours = [name for name in args.backends if name != FLA]
         kinds += [(method, algorithm, name) for algorithm in algorithms for name in ours]
     lengths = args.tokens_per_rank or DEFAULT_TOKENS[mesh.device.type]
@@ -195,6 +174,10 @@ def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
         for tokens in lengths
         for method, algorithm, backend in kinds
     ]
+
+
+def _methods(args: argparse.Namespace, ranks: int) -> tuple[str, ...]:
+    return args.methods or (METHODS if ranks > 1 else ())
 
 
 def shape_of(args: argparse.Namespace, tokens: int) -> Shape:
@@ -240,7 +223,9 @@ def _measure(
         first_call = _first_call(op, case.shape, args.passes, mesh)
     inputs = make_inputs(case.shape, mesh.device, seed=mesh.rank)
     times = {
-        name: measure(partial(PASSES[name], op, inputs), mesh, repeats=args.repeats)
+        name: measure(
+            partial(PASSES[name], op, inputs), mesh, repeats=args.repeats, queued=args.queued
+        )
         for name in args.passes
     }
     return {"first_call_seconds": first_call, "times": times}
@@ -311,89 +296,23 @@ def _kernels(args: argparse.Namespace, mesh: SPMesh, bandwidth: float) -> list[d
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options that fit no job."""
+    """Refuse options that do not fit this job, before any rank joins it."""
     if args.kernels and not torch.cuda.is_available():
         raise ValueError("--kernels profiles Triton's kernels and needs a CUDA device; found none")
-
-
-def table_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `COLUMNS` shows of the record's rows; the last columns are of the widest pass."""
-    shown = []
-    for row in rows:
-        forward_pass = row["passes"].get("fwd", {})
-        training = row["passes"].get("fwd+bwd", {})
-        widest = training or forward_pass
-        shown.append(
-            {
-                "method": row["method"],
-                "scan": row["algorithm"],
-                "backend": row["backend"],
-                "tokens_shown": human_bytes(row["tokens_per_rank"]),
-                "forward_ms": scaled(forward_pass.get("seconds"), 1e3),
-                "forward_floor": forward_pass.get("times_floor"),
-                "training_ms": scaled(training.get("seconds"), 1e3),
-                "training_floor": training.get("times_floor"),
-                "floor_ms": scaled(widest.get("floor_seconds"), 1e3),
-                "peak_gib": scaled(widest.get("peak_bytes"), 1 / GIB),
-                "tokens_per_second": widest.get("tokens_per_second"),
-                "sp_tax": widest.get("sp_tax"),
-                "first_call_seconds": row["first_call_seconds"],
-                "reason": row["reason"],
-            }
+    ranks = rank_from_environment().world_size
+    if args.algorithms and ZECO not in _methods(args, ranks):
+        raise ValueError(
+            f"--algorithms {','.join(args.algorithms)}: these are of the All-Scan under {ZECO}, "
+            f"which is not measured here; name it in --methods, or leave --algorithms out"
         )
-    return shown
-
-
-def describe(record: dict[str, Any], folder: Path) -> str:
-    """What is printed: the tables, the traces' lines, where the files are."""
-    where, options = record["environment"], record["options"]
-    title = (
-        f"linear attention, {where['world']} x {where['chip']}, H {options['heads']} "
-        f"K {options['key_dim']} V {options['value_dim']}, {options['decay']} decay, "
-        f"{options['dtype']}; copy {record['copy_bytes_per_second'] / 1e9:,.0f} GB/s"
-    )
-    parts = [title, format_table(COLUMNS, table_rows(record["cases"]))]
-    if record["checks"]:
-        parts += [linear_check.TITLE, format_table(linear_check.COLUMNS, record["checks"])]
-    if record["kernels"]:
-        parts += [linear_kernels.TITLE, format_table(linear_kernels.COLUMNS, record["kernels"])]
-    parts += record["traces"]
-    return "\n\n".join([*parts, f"written to {folder}"])
-
-
-def draw(rows: list[dict[str, Any]], path: Path, where: dict[str, Any]) -> None:
-    """Time over tokens of every method and backend, a panel per pass, with the memory floor."""
-    measured = list(dict.fromkeys(name for row in rows for name in row["passes"]))
-    figure, panels = new_figure(max(len(measured), 1))
-    for axes, name in zip(panels, measured, strict=False):
-        for label, points in _curves(rows, name):
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
-        floors = {row["tokens_per_rank"]: row["passes"][name] for row in rows if row["passes"]}
-        line = [(tokens, 1e3 * floors[tokens]["floor_seconds"]) for tokens in sorted(floors)]
-        axes.plot(*zip(*line, strict=True), color="black", linestyle=":", label="memory floor")
-        axes.set_title(name)
-        finish_panel(axes, "tokens per rank", "ms")
-    figure.suptitle(f"linear attention, {where['world']} x {where['chip']}")
-    figure.savefig(path, dpi=150)
-
-
-def _curves(rows: list[dict[str, Any]], name: str) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    kinds = [(row["method"], row["algorithm"], row["backend"]) for row in rows]
-    for kind in dict.fromkeys(kinds):
-        points = [
-            (row["tokens_per_rank"], 1e3 * row["passes"][name]["seconds"])
-            for row, of_row in zip(rows, kinds, strict=True)
-            if of_row == kind and name in row["passes"]
-        ]
-        if points:
-            yield ", ".join(filter(None, kind)), sorted(points)
 
 
 def _options(args: argparse.Namespace, mesh: SPMesh) -> dict[str, Any]:
-    asked = ("heads", "key_dim", "value_dim", "decay", "dtype", "backends", "algorithms", "passes")
+    asked = ("heads", "key_dim", "value_dim", "decay", "dtype", "backends", "passes")
     todo = cases(args, mesh)
     return {
-        **{name: getattr(args, name) for name in (*asked, "repeats")},
+        **{name: getattr(args, name) for name in (*asked, "repeats", "queued")},
+        "algorithms": args.algorithms or DEFAULT_ALGORITHMS,
         "methods": list(dict.fromkeys(case.method for case in todo)),
         "tokens_per_rank": list(dict.fromkeys(case.shape.tokens for case in todo)),
     }

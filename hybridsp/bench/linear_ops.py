@@ -157,7 +157,7 @@ def _fla_op() -> Op:
     except ImportError as error:
         raise ValueError(
             f"flash-linear-attention cannot be imported ({error}): "
-            "pip install flash-linear-attention to compare with it"
+            "pip install flash-linear-attention, or hybridsp's extra bench, to compare with it"
         ) from error
 
     def fla(x: Inputs) -> Tensor:

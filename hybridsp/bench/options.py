@@ -7,21 +7,18 @@ may hold is checked here, so a mistake is told before a single rank has joined.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+from hybridsp.sizes import UNITS, parse_size
 
 
 def size(text: str) -> int:
     """A positive number with an optional binary unit: `48`, `64K`, `4M`, `1G`."""
-    match = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
-    if match is None or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size: write a positive whole number, with K, M or G if you like (64K)"
-        )
-    return int(match[1]) * UNITS[match[2]]
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -52,6 +49,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         default=20,
         metavar="N",
         help="timed calls of each case, whose median counts; default %(default)s",
+    )
+    parser.add_argument(
+        "--queued",
+        action="store_true",
+        help="hold the GPU until the host has launched the whole call, so that launching costs "
+        "nothing: as inside a step, whose host is ahead",
     )
     add_out(parser, "NAME")
     parser.add_argument(

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hybridsp.bench.options import human_bytes
-from hybridsp.mesh import SPMesh
+from hybridsp.mesh import SPMesh, gather_objects
 
 ABSENT = "-"
 
@@ -37,8 +37,7 @@ def environment(mesh: SPMesh) -> dict[str, Any]:
         (local, with its offset from UTC), commit (None outside a git tree; "+" behind one with
         changes) and command.
     """
-    hosts: list[str] = [""] * mesh.world_size
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = gather_objects(socket.gethostname())
     on_gpu = mesh.device.type == "cuda"
     return {
         "chip": torch.cuda.get_device_name() if on_gpu else _cpu_name(),

@@ -48,9 +48,10 @@ from hybridsp.bench.softmax_work import (
     balance,
     document_bounds,
 )
-from hybridsp.bench.timing import Times, measure
+from hybridsp.bench.timing import Times, check_queued, measure
 from hybridsp.collectives.cost import Link
 from hybridsp.collectives.topology import topology
+from hybridsp.launch import rank_from_environment
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.softmax import BACKENDS
 
@@ -60,7 +61,8 @@ RINGS_TOLD = (2, 4, 8)
 GIVEN_LINK_LATENCY = 10e-6
 RECORDED = (
     *("heads", "kv_heads", "head_dim", "dtype", "window", "documents", "seed", "passes"),
-    *("tokens_per_rank", "variants", "ranks_per_host", "backends", "emulate_ring", "repeats"),
+    *("tokens_per_rank", "variants", "ranks_per_host", "backends", "emulate_ring"),
+    *("repeats", "queued"),
 )
 
 
@@ -155,6 +157,7 @@ def run(args: argparse.Namespace) -> None:
     with job() as mesh:
         args.tokens_per_rank = args.tokens_per_rank or DEFAULT_TOKENS[mesh.device.type]
         with one_voice():
+            check_queued(mesh, queued=args.queued)
             document_bounds(min(args.tokens_per_rank), max(args.documents), args.seed)
             folder = mesh.on_rank_zero(make_folder, "softmax", args.out)
         record = measure_all(args, mesh, folder)
@@ -200,7 +203,10 @@ def measure_cases(
 def _measure(case: Case, args: argparse.Namespace, mesh: SPMesh) -> dict[str, Times]:
     op = _op(case, mesh)
     calls = {"fwd": op.forward, "fwd+bwd": op.forward_backward}
-    return {name: measure(calls[name], mesh, repeats=args.repeats) for name in args.passes}
+    return {
+        name: measure(calls[name], mesh, repeats=args.repeats, queued=args.queued)
+        for name in args.passes
+    }
 
 
 def _op(case: Case, mesh: SPMesh) -> Op:
@@ -329,7 +335,7 @@ def model_of(
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options that fit no job."""
+    """Refuse options that do not fit this job, before any rank joins it."""
     if args.heads % args.kv_heads:
         raise ValueError(
             f"--kv-heads {args.kv_heads} does not divide --heads {args.heads}: each KV head serves "
@@ -341,6 +347,25 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--ranks-per-host 1 is no ring: give 2 ranks or more")
     if args.ranks_per_host is not None and DOUBLE not in args.variants:
         raise ValueError(f"--ranks-per-host is of {DOUBLE}: name it in --variants, or leave it out")
-    for option, rate in (("--link", args.link), ("--host-link", args.host_link)):
-        if rate is not None and not 0 < rate < inf:
+    _check_links(args)
+
+
+def _check_links(args: argparse.Namespace) -> None:
+    """Refuse links that are none, and links of a model that there will not be (`model_of`)."""
+    links = {"--link": args.link, "--host-link": args.host_link}
+    for option, rate in links.items():
+        if rate is None:
+            continue
+        if not 0 < rate < inf:
             raise ValueError(f"{option} {rate} GB/s: give a positive, finite bandwidth")
+        if args.window is not None:
+            raise ValueError(
+                f"{option} {rate} GB/s with --window {args.window}: links are for the model of "
+                "rings, and no ring has windows; leave one of the two out"
+            )
+    alone = rank_from_environment().world_size == 1
+    if alone and args.host_link is not None and args.link is None:
+        raise ValueError(
+            f"--host-link {args.host_link} GB/s in a job of one rank: without the link inside a "
+            "host, which one rank cannot measure, there is no model; give --link as well"
+        )

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from hybridsp.bench.job import attempt
@@ -22,7 +21,7 @@ from hybridsp.bench.linear_check import relative_error
 from hybridsp.bench.softmax_cases import PARALLEL, Way
 from hybridsp.bench.softmax_ops import Inputs, Raw, Results, make_inputs
 from hybridsp.bench.softmax_work import Work, document_bounds
-from hybridsp.mesh import SPMesh
+from hybridsp.mesh import SPMesh, gather_objects
 
 TOKENS_PER_RANK = 256
 DOCUMENTS = 3
@@ -52,20 +51,18 @@ def check_all(ways: Iterable[Way], work: Work, seed: int, mesh: SPMesh) -> list[
         if way.method == PARALLEL:
             mine = slice(mesh.rank * TOKENS_PER_RANK, (mesh.rank + 1) * TOKENS_PER_RANK)
         right = tuple(x[:, mine] for x in exact)
-        work_here = partial(_errors, way, inputs.rows(mine), few, right, mesh)
+        work_here = partial(_errors, way, inputs.rows(mine), few, right)
         errors, reason = attempt(work_here, mesh)
         rows.append({**way.columns, **(errors or {}), "reason": reason})
     return rows
 
 
 def _errors(
-    way: Way, inputs: Inputs, work: Work, exact: Iterable[torch.Tensor], mesh: SPMesh
+    way: Way, inputs: Inputs, work: Work, exact: Iterable[torch.Tensor]
 ) -> dict[str, float]:
     """The worst rank's relative error of the output and each gradient."""
     results: Results = way.op(inputs, work).results()
     mine = [relative_error(x, right.double()) for x, right in zip(results, exact, strict=True)]
-    ranks: list[list[float]] = [[] for _ in range(mesh.world_size)]
-    dist.all_gather_object(ranks, mine)
     # As a tensor, because Python's max hides a NaN.
-    worst = torch.tensor(ranks, dtype=torch.float64).amax(dim=0).tolist()
+    worst = torch.tensor(gather_objects(mine), dtype=torch.float64).amax(dim=0).tolist()
     return dict(zip(TENSORS, worst, strict=True))

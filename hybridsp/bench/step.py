@@ -23,9 +23,9 @@ import torch
 
 from hybridsp.bench.job import attempt, attempt_each, job, one_voice
 from hybridsp.bench.report import environment, make_folder, write_json
-from hybridsp.bench.step_case import Case, free, known_gpu, of_ranks, predict, take_steps
+from hybridsp.bench.step_case import Case, free, known_gpu, predict, take_steps
 from hybridsp.bench.step_data import ONE, OWN
-from hybridsp.bench.step_longest import find_longest, host_memory
+from hybridsp.bench.step_longest import find_longest
 from hybridsp.bench.step_options import (
     DEFAULT_MODEL,
     DEFAULT_SHARE,
@@ -35,7 +35,8 @@ from hybridsp.bench.step_options import (
     check,
 )
 from hybridsp.bench.step_report import describe, draw, row_of
-from hybridsp.mesh import SPMesh, choose_degrees
+from hybridsp.host_memory import host_memory
+from hybridsp.mesh import SPMesh, choose_degrees, gather_objects
 from hybridsp.planner import Cluster, Setting, load_shape
 from hybridsp.planner.model import LINEAR
 from hybridsp.planner.search import DTYPE_BYTES
@@ -132,7 +133,7 @@ class Table:
 
     def add(self, case: Case, figures: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
         """A row, with what the case left on the GPU that has most of it. Collective."""
-        left = max(of_ranks(free(self._whole) - self._at_first, self._whole))
+        left = max(gather_objects(free(self._whole) - self._at_first))
         predicted = predict(case, self.gpu, self.local_ranks)
         row = row_of(case, figures or {}, predicted, self.gpu, reason)
         self.rows.append({**row, "left_bytes": left})
@@ -141,14 +142,15 @@ class Table:
 
     def cluster(self) -> Cluster | None:
         """The job's machines as the planner sees them; None for a chip it does not know."""
-        memory = min(of_ranks(host_memory(), self._whole))
-        if self.gpu is None:
+        found = gather_objects(host_memory())
+        known = [memory.total for memory in found if memory is not None]
+        if self.gpu is None or not known:  # Linux says how much there is
             return None
         return Cluster(
             gpu=self.gpu,
             gpus=self._whole.world_size,
             gpus_per_node=self.local_ranks,
-            host_memory=memory,
+            host_memory=min(known),
         )
 
 

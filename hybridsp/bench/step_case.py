@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybridsp
@@ -28,7 +27,7 @@ from hybridsp.bench.step_profile import profile_step
 from hybridsp.bench.timing import measure
 from hybridsp.convert import hybrid_config
 from hybridsp.deepspeed_config import deepspeed_config, first_iteration
-from hybridsp.mesh import SPMesh
+from hybridsp.mesh import SPMesh, gather_objects
 from hybridsp.planner import Cluster, ModelShape, Setting, load_shape
 from hybridsp.planner.files import DTYPES
 from hybridsp.planner.hardware import GPUS
@@ -38,8 +37,6 @@ from hybridsp.planner.model import load_config
 from hybridsp.planner.time import step_time
 from hybridsp.prepare import load_prepared, prepare_model
 from hybridsp.recipe import Recipe
-
-T = TypeVar("T")
 
 # The first step allocates the optimizer's states and compiles the kernels.
 WARMUP_STEPS = 1
@@ -158,7 +155,7 @@ def take_steps(
         "num_documents": len(case.sequence.lengths or (case.length,)),
         "parameters": case.shape.parameters,
         "flops": mesh.dp * model_flops(case.shape, case.length, pairs),
-        **_largest_of_ranks(told, mesh),
+        **_largest_of_ranks(told),
         **({} if profile is None else {"profile": profile}),
     }
 
@@ -302,17 +299,10 @@ def _memory_of_rank(mesh: SPMesh) -> dict[str, int | None]:
     }
 
 
-def _largest_of_ranks(figures: Mapping[str, int | None], mesh: SPMesh) -> dict[str, int | None]:
-    ranks = of_ranks(dict(figures), mesh)
+def _largest_of_ranks(figures: Mapping[str, int | None]) -> dict[str, int | None]:
+    ranks = gather_objects(dict(figures))
     told = {name: [rank[name] for rank in ranks] for name in figures}
     return {
         name: max((each for each in numbers if each is not None), default=None)
         for name, numbers in told.items()
     }
-
-
-def of_ranks(mine: T, mesh: SPMesh) -> list[T]:
-    """What every rank has, the same list on all of them. Collective over the world."""
-    ranks: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(ranks, mine)
-    return ranks

@@ -13,10 +13,8 @@ alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybridsp.bench.step_case import Case
@@ -28,7 +26,6 @@ from hybridsp.planner.search import longest
 
 # Workspaces of cuBLAS, boundaries of the last documents on the GPU, and the like.
 LEFT_BYTES = 0.5 * GIB
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class Found(NamedTuple):
@@ -142,11 +139,4 @@ def _planned(case: Case, cluster: Cluster) -> int:
     return longest(Job(model=case.shape, cluster=cluster, length=case.length), case.setting)
 
 
-def host_memory() -> float:
-    """Bytes that this host's processes may use together."""
-    there = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
-    return there if limit == "max" else min(there, float(limit))
-
-
-__all__ = ["Found", "find_longest", "host_memory"]
+__all__ = ["Found", "find_longest"]

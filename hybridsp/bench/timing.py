@@ -4,6 +4,10 @@ Ranks start each repetition together, behind a barrier. Without one, the first r
 would run ahead by many calls, and the last would see how often a result arrives, not how long one
 takes. On a GPU the time is between two CUDA events on the current stream, so the barrier and the
 launch of the events cost nothing that is counted; on a CPU it is the wall clock's.
+
+A short call on a GPU is over before the host has launched its kernels, and the events then time the
+host. Inside a training step the host is ahead and this costs nothing; `queued` times a call as it
+runs there, behind a GPU that is held until everything is launched.
 """
 
 from __future__ import annotations
@@ -16,9 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybridsp.mesh import SPMesh
+from hybridsp.mesh import SPMesh, gather_objects
 
 WARMUP_CALLS = 3
+# Seconds for which the GPU is held, at first and at most, so that the host gets ahead of it.
+FIRST_HOLD, LAST_HOLD = 0.01, 1.0
+CYCLES_PER_SECOND = 2e9  # about what a GPU runs at; how long exactly it is held does not matter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,12 @@ class Times:
 
 
 def measure(
-    call: Callable[[], Any], mesh: SPMesh, *, repeats: int, warmup: int = WARMUP_CALLS
+    call: Callable[[], Any],
+    mesh: SPMesh,
+    *,
+    repeats: int,
+    warmup: int = WARMUP_CALLS,
+    queued: bool = False,
 ) -> Times:
     """Time `call`, which every rank of the mesh makes. Collective over the world.
 
@@ -56,6 +68,10 @@ def measure(
         mesh: the job; says on which device.
         repeats: timed calls, at least 1.
         warmup: calls before them.
+        queued: hold the GPU until the host has launched the whole call; on a GPU only.
+
+    Raises:
+        RuntimeError: `queued`, and the call waits for the GPU, so that it cannot be launched ahead.
     """
     on_gpu = mesh.device.type == "cuda"
     for _ in range(warmup):
@@ -63,12 +79,14 @@ def measure(
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    seconds = (_event_seconds if on_gpu else _clock_seconds)(call, mesh, repeats)
+    timed = _clock_seconds
+    if on_gpu:
+        timed = _queued_seconds if queued else _event_seconds
+    seconds = timed(call, mesh, repeats)
     levels = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     mine = torch.tensor(seconds, dtype=torch.float64).quantile(levels).tolist()
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    ranks: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(ranks, (mine, peak))
+    ranks = gather_objects((mine, peak))
     median, p10, p90 = max(quantiles for quantiles, _ in ranks)
     peaks = [peak for _, peak in ranks if peak is not None]
     return Times(median=median, p10=p10, p90=p90, peak_bytes=max(peaks, default=None))
@@ -80,9 +98,7 @@ def seconds_of_first(call: Callable[[], Any], mesh: SPMesh) -> float:
     start = time.perf_counter()
     call()
     synchronize(mesh)
-    ranks: list[float] = [0.0] * mesh.world_size
-    dist.all_gather_object(ranks, time.perf_counter() - start)
-    return max(ranks)
+    return max(gather_objects(time.perf_counter() - start))
 
 
 def copy_bandwidth(mesh: SPMesh, *, repeats: int) -> float:
@@ -100,20 +116,61 @@ def synchronize(mesh: SPMesh) -> None:
         torch.cuda.synchronize()
 
 
+def check_queued(mesh: SPMesh, *, queued: bool) -> None:
+    """Refuse `queued` where there is no GPU to hold.
+
+    Raises:
+        ValueError: as it says.
+    """
+    if queued and mesh.device.type != "cuda":
+        raise ValueError("--queued holds a GPU, and this job has none: leave it out")
+
+
+def meet_on_gpu(mesh: SPMesh) -> None:
+    """Let the stream, but not the host, wait for the other ranks'. Collective over the world."""
+    if mesh.world_size > 1:
+        dist.all_reduce(torch.zeros(1, device=mesh.device))
+
+
+def hold_gpu(seconds: float) -> None:
+    """Keep the current stream busy, so that what is launched meanwhile starts behind it at once."""
+    torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))  # kernel `spin_kernel`
+
+
 def _event_seconds(call: Callable[[], Any], mesh: SPMesh, repeats: int) -> list[float]:
     pairs = []
-    token = torch.zeros(1, device=mesh.device)
     for _ in range(repeats):
-        if mesh.world_size > 1:
-            # Enqueued, as everything is: the stream waits for the other ranks, the host does not.
-            dist.all_reduce(token)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        pairs.append((start, stop))
+        meet_on_gpu(mesh)
+        pairs.append(_between_events(call))
     torch.cuda.synchronize()
     return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
+
+
+def _queued_seconds(call: Callable[[], Any], mesh: SPMesh, repeats: int) -> list[float]:
+    """As `_event_seconds`; a call that some rank did not launch in time is not counted."""
+    seconds: list[float] = []
+    hold = FIRST_HOLD
+    while len(seconds) < repeats:
+        hold_gpu(hold)
+        meet_on_gpu(mesh)
+        start, stop = _between_events(call)
+        ahead = not start.query()
+        torch.cuda.synchronize()
+        if all(gather_objects(ahead)):
+            seconds.append(start.elapsed_time(stop) / 1e3)
+        elif hold < LAST_HOLD:
+            hold *= 2
+        else:
+            raise RuntimeError(f"not launched within {hold:.1f} s: the call waits for the GPU")
+    return seconds
+
+
+def _between_events(call: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    return start, stop
 
 
 def _clock_seconds(call: Callable[[], Any], mesh: SPMesh, repeats: int) -> list[float]:

@@ -3,7 +3,8 @@
 Communication costs nothing only while something else computes. A trace shows the GPU's streams;
 `overlap` reads from it for how much of the time during which a side stream was busy (the scan, and
 NCCL's own streams) kernels of the main stream ran too. A NCCL kernel that waits for a peer is busy,
-so time lost by waiting counts as scan time that is not hidden.
+so time lost by waiting counts as scan time that is not hidden. What is traced runs as inside a
+training step: ranks start together, and the GPU is held until the host has launched the whole call.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from hybridsp.bench.job import attempt
-from hybridsp.bench.timing import synchronize
+from hybridsp.bench.timing import hold_gpu, meet_on_gpu, synchronize
 from hybridsp.mesh import SPMesh
 
 GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
+HOLDING, HOLD_SECONDS = "spin_kernel", 0.05  # a profiled host is several times slower
 Interval = tuple[float, float]
 
 
@@ -68,6 +70,9 @@ def _record(call: Callable[[], Any], mesh: SPMesh, path: Path, beside: str) -> s
         dist.barrier()
         tracing = mesh.rank == _traced(mesh)
         with profile(activities=activities) if tracing else nullcontext() as profiler:
+            if mesh.device.type == "cuda":
+                meet_on_gpu(mesh)
+                hold_gpu(HOLD_SECONDS)
             call()
             synchronize(mesh)
         if last and profiler is not None:
@@ -94,7 +99,11 @@ def overlap(events: Sequence[Mapping[str, Any]]) -> Overlap | None:
     """How much of the side streams' time the main stream covers; None without GPU work.
 
     The main stream is the one that computes longest; NCCL's kernels do not count as computing.
+    What ran before the GPU was let go is no part of the call.
     """
+    held = [e for e in events if e.get("ph") == "X" and HOLDING in e.get("name", "")]
+    let_go = max((float(e["ts"]) + float(e["dur"]) for e in held), default=0.0)
+    events = [event for event in events if float(event.get("ts", 0)) >= let_go]
     busy: dict[Any, list[Interval]] = defaultdict(list)
     computing: dict[Any, float] = defaultdict(float)
     for event in events:

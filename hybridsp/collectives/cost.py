@@ -44,6 +44,9 @@ class Link:
         """Time of a message."""
         return self.latency + num_bytes / self.bandwidth
 
+    def __str__(self) -> str:
+        return f"{self.latency * 1e6:.0f} us and {self.bandwidth / 1e9:.3g} GB/s"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -61,6 +64,15 @@ class Topology:
     within: Link | None
     between: Link | None
     all_gather: Link
+
+    def __str__(self) -> str:
+        """As a log tells it."""
+        links = (
+            ("to the next rank of the host", self.within),
+            ("to the next host", self.between),
+            ("in an all-gather", self.all_gather),
+        )
+        return ", ".join(f"{link} {where}" for where, link in links if link is not None)
 
     @property
     def inner(self) -> Link:
@@ -180,7 +192,7 @@ def choose(topology: Topology, ranks: int, num_bytes: int, decay_bytes: int, row
         rows: K, the most blocks that a state can be cut into.
 
     Returns:
-        A plan with everything decided. Never "symmetric": it has not been proven on real links.
+        A plan with everything decided. Never "symmetric", which is taken wherever it can be had.
         Never "hierarchical" on one host, where it is plain doubling.
     """
     doubling = doubling_seconds(topology, ranks, num_bytes, decay_bytes)

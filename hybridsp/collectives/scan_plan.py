@@ -8,6 +8,7 @@ was agreed on in the forward pass serves the backward pass.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from typing import Literal, NamedTuple, get_args
 
@@ -15,13 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridsp.collectives.agreement import agree
+from hybridsp.collectives.agreement import compare
 from hybridsp.collectives.cost import Plan, chain_plan, choose, hierarchical_plan
 from hybridsp.collectives.per_group import per_group
-from hybridsp.collectives.symmetric import require_symmetric
+from hybridsp.collectives.symmetric import require_symmetric, why_not
 from hybridsp.collectives.topology import topology
 
 Algorithm = Literal["auto", "chain", "doubling", "allgather", "hierarchical", "symmetric"]
+logger = logging.getLogger(__name__)
+
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 
 
@@ -55,8 +58,13 @@ def plan_scan(state: Tensor, decay: Tensor, group: dist.ProcessGroup, options: O
         if not decay.is_cuda and (refusal := refusal_of_values(decay)):
             raise ValueError(refusal)
         return plans[kind]
-    refusal = refusal_of_arguments(state, decay, options) or refusal_of_values(decay)
-    agree(group, _describe(state, decay, options), refusal)
+
+    def look() -> str:
+        if refusal := refusal_of_arguments(state, decay, options) or refusal_of_values(decay):
+            raise ValueError(refusal)
+        return _describe(state, decay, options)
+
+    compare(group, look, words=str, name="all_scan")
     plans[kind] = _decide(state, decay, group, options)
     return plans[kind]
 
@@ -84,6 +92,10 @@ def _decide(state: Tensor, decay: Tensor, group: dist.ProcessGroup, options: Opt
     if ranks == 1:
         return Plan(algorithm="chain", num_blocks=1)
     if algorithm == "auto":
+        # Of one host's GPUs it is the fastest, whatever the size (docs/scaling.md).
+        if (reason := why_not(state, group)) is None:
+            return Plan(algorithm="symmetric")
+        logger.info("All-Scan does not go through symmetric memory: %s", reason)
         return choose(topology(group, state.device), ranks, num_bytes, decay_bytes, rows)
     if algorithm == "chain" and num_blocks is None:
         return chain_plan(topology(group, state.device), ranks, num_bytes, rows)[1]
