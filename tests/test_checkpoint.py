@@ -1,6 +1,5 @@
 """Stopping, going on and exporting: nothing changes, and nothing damaged is ever loaded."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -9,79 +8,18 @@ import shutil
 from types import SimpleNamespace
 from unittest import mock
 
-import deepspeed
-import deepspeed.ops
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from distributed import DEEPSPEED, PRELOAD, run_ranks
+from checkpoint_cases import BASE, draws, make_engine, rank_zero_only, train, weights
+from distributed import run_ranks
 from tiny import batch_of, reference_loss_sum, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import hybridsp
 from hybridsp.checkpoint import export_pretrained, load_checkpoint, save_checkpoint
 from hybridsp.mesh import SPMesh
 
-PRELOAD += DEEPSPEED
-
 WORLD_SIZE = 2
-BASE = {
-    "train_micro_batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 1,
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-2}},
-    "gradient_clipping": 1.0,
-}
-
-
-def make_engine(mesh, stage=3, seed=0, tied=False, **changes):
-    """A tiny Llama; the checkpoint's business is the DeepSpeed engine, not the architecture."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    # DeepSpeed's default buckets reserve gigabytes.
-    zero = {"stage": stage, "reduce_bucket_size": 4096, "allgather_bucket_size": 4096}
-    settings = {**BASE, "zero_optimization": zero, **changes}
-    model = LlamaForCausalLM(config).to(torch.bfloat16 if "bf16" in changes else torch.float32)
-    engine, *_ = deepspeed.initialize(model=model, config=settings, mpu=mesh.mpu)
-    return engine
-
-
-def train(engine, mesh, steps):
-    """Losses of some steps on data drawn from the rank's own generator, and the rates they took."""
-    record = []
-    for _ in range(steps):
-        tokens = torch.randint(48, (1, 12))
-        loss = engine(input_ids=tokens, labels=tokens).loss
-        engine.backward(loss)
-        engine.step()
-        record.append((float(loss), engine.get_lr()[0]))
-    return record
-
-
-def draws():
-    return [float(torch.rand(())), float(np.random.rand()), random.random(), random.gauss(0, 1)]
-
-
-def weights(engine):
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        return {k: v.detach().clone() for k, v in engine.module.state_dict().items()}
-
-
-@contextlib.contextmanager
-def rank_zero_only(mesh):
-    """A time in which rank 0 alone touches files."""
-    dist.barrier()
-    yield mesh.rank == 0
-    dist.barrier()
 
 
 def resume_at_every_stage(directory):
@@ -174,16 +112,24 @@ def edit_manifest(step, files=None, **changes):
     (step / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
-def save_at_another_ring(step, name):
-    edit_manifest(step, ring=1, dp=2)
+def save_another_model(step, name):
+    edit_manifest(step, model="Other with parameters 0123")
+
+
+def lead_out_of_the_folder(step, name):
+    edit_manifest(step, files={"../latest": {"size": 1, "sha256": ""}})
 
 
 def save_in_another_dtype(step, name):
     edit_manifest(step, dtype="bfloat16")
 
 
-def save_at_another_stage(step, name):
-    edit_manifest(step, zero_stage=1)
+def save_at_stage_zero(step, name):
+    edit_manifest(step, zero_stage=0)
+
+
+def save_with_another_optimizer(step, name):
+    edit_manifest(step, optimizer="FusedAdam")
 
 
 def save_in_another_format(step, name):
@@ -201,9 +147,11 @@ DAMAGES = [
     ("manifest.json", truncate, r"step-000001 is no checkpoint: .*manifest.json cannot be read"),
     ("manifest.json", remove, r"step-000001 is no checkpoint: .*No such file"),
     ("manifest.json", save_in_another_format, "is not of format 2"),
-    ("manifest.json", save_at_another_ring, "saved at dp = 2, ring = 1, but .* dp = 1, ring = 2"),
+    ("manifest.json", lead_out_of_the_folder, "manifest.json names '../latest', which is no file"),
+    ("manifest.json", save_another_model, "saved at model = Other .*, but .* model = Llama"),
     ("manifest.json", save_in_another_dtype, "saved at dtype = bfloat16, but .* = float32"),
-    ("manifest.json", save_at_another_stage, "saved at zero_stage = 1, but .* zero_stage = 3"),
+    ("manifest.json", save_with_another_optimizer, "optimizer = FusedAdam, but .* = AdamW"),
+    ("manifest.json", save_at_stage_zero, "saved at .* ZeRO 0, but .* ZeRO 3: only ZeRO 1, 2 and"),
 ]
 
 

@@ -8,6 +8,7 @@ run. So a folder without that state is what an interrupted save has left.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 STATE = "trainer_state.json"
 
@@ -39,9 +40,38 @@ def complete_checkpoint(output_dir: str, asked: str | bool) -> str:
     return str(steps[max(steps)])
 
 
+def check_resumable(folder: str, state: dict[str, Any] | None, sequences: int | None) -> None:
+    """Check that a checkpoint's steps mean the same place in the data for this run.
+
+    transformers finds its place by the number of steps taken, whatever the mesh.
+
+    Args:
+        folder: the checkpoint.
+        state: what `hybridsp.checkpoint` returned of it.
+        sequences: of an optimizer step of this run, over all data-parallel groups; None if the run
+            begins the data anew.
+
+    Raises:
+        ValueError: it is a model alone, or its steps had another number of sequences.
+    """
+    if state is None:
+        raise ValueError(
+            f"{folder} holds the model alone, as with save_only_model: to train on from it, load "
+            "it with from_pretrained"
+        )
+    saved = state["sequences_per_step"]
+    if sequences is not None and saved != sequences:
+        raise ValueError(
+            f"the checkpoint's steps have {saved} sequences, this run's {sequences}, so it would "
+            "repeat or skip some: with another number of data-parallel groups, change "
+            "gradient_accumulation_steps or per_device_train_batch_size to match, or set "
+            "ignore_data_skip=True to begin the data anew"
+        )
+
+
 def begin_save(folder: str | Path) -> None:
     """Let a checkpoint that is about to be replaced no longer pass for complete."""
     (Path(folder) / STATE).unlink(missing_ok=True)
 
 
-__all__ = ["begin_save", "complete_checkpoint"]
+__all__ = ["begin_save", "check_resumable", "complete_checkpoint"]

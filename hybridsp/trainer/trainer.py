@@ -29,7 +29,7 @@ from hybridsp.engine import initialize
 from hybridsp.mesh import SPMesh
 from hybridsp.parallelize import parallelize
 from hybridsp.trainer.batches import BOUNDARIES, shard_batches
-from hybridsp.trainer.checkpoints import begin_save, complete_checkpoint
+from hybridsp.trainer.checkpoints import begin_save, check_resumable, complete_checkpoint
 from hybridsp.trainer.engine_wrapper import EngineWrapper
 from hybridsp.trainer.evaluation import eval_dataloader, evaluate_loss
 from hybridsp.trainer.settings import (
@@ -241,11 +241,10 @@ class Trainer(transformers.Trainer):
         else:
             self.create_scheduler(num_training_steps=max_steps)
         if resume_from_checkpoint is not None:
-            if load_checkpoint(engine, self.mesh, resume_from_checkpoint) is None:
-                raise ValueError(
-                    f"{resume_from_checkpoint} holds the model alone, as with save_only_model: to "
-                    "train on from it, load it with from_pretrained"
-                )
+            state = load_checkpoint(engine, self.mesh, resume_from_checkpoint)
+            step_size = self.get_total_train_batch_size(self.args)
+            skips = not self.args.ignore_data_skip
+            check_resumable(resume_from_checkpoint, state, step_size if skips else None)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
@@ -382,10 +381,11 @@ class Trainer(transformers.Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         step = self.state.global_step
-        save_checkpoint(self.deepspeed, self.mesh, output_dir, step, {}, keep=1)
+        state = {"sequences_per_step": self.get_total_train_batch_size(self.args)}
+        save_checkpoint(self.deepspeed, self.mesh, output_dir, step, state, keep=1)
         if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            state = self.lr_scheduler.state_dict()
-            self.mesh.on_rank_zero(torch.save, state, Path(output_dir) / SCHEDULER)
+            schedule = self.lr_scheduler.state_dict()
+            self.mesh.on_rank_zero(torch.save, schedule, Path(output_dir) / SCHEDULER)
 
 
 def _mesh_of_all_ranks(model: PreTrainedModel) -> SPMesh:

@@ -1,0 +1,84 @@
+"""A model cut by ZeRO-3 is exported file by file, and no rank ever holds all of it."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from checkpoint_cases import make_engine, train, weights
+from distributed import run_ranks
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from hybridsp.checkpoint import export, export_pretrained
+from hybridsp.mesh import SPMesh
+
+WORLD_SIZE = 2
+SHARD_BYTES = 4000
+
+
+def export_in_shards(directory):
+    """The weights, and the bytes of the files that this rank wrote."""
+    mesh = SPMesh(ring=WORLD_SIZE)
+    found, written = {}, []
+    save_file = export.save_file
+
+    def spy(tensors, path, metadata):
+        written.append(sum(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, path, metadata)
+
+    for tied in (False, True):
+        bf16 = {"bf16": {"enabled": True}} if tied else {}
+        engine = make_engine(mesh, 3, tied=tied, **bf16)
+        engine.module.generation_config.max_new_tokens = 17
+        train(engine, mesh, 1)
+        gather_all = mock.patch.object(engine, "_zero3_consolidated_16bit_state_dict")
+        with gather_all as gathered, mock.patch.object(export, "save_file", spy):
+            out = directory / str(tied)
+            export_pretrained(engine, mesh, out, max_shard_size=SHARD_BYTES)
+        gathered.assert_not_called()
+        found[out] = weights(engine)
+    return found, written
+
+
+def test_shards_are_written_by_all_ranks_and_load_as_any_model(tmp_path):
+    (expected, first), (_, second) = run_ranks(export_in_shards, WORLD_SIZE, tmp_path)
+    assert len(first) > 1 < len(second)
+    assert max(first + second) <= SHARD_BYTES
+    for path, weights_of_run in expected.items():
+        tied = path.name == "True"
+        model = AutoModelForCausalLM.from_pretrained(path)
+        torch.testing.assert_close(model.state_dict(), weights_of_run, rtol=0, atol=0)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert model.dtype == (torch.bfloat16 if tied else torch.float32)
+        assert model.generation_config.max_new_tokens == 17
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        files = {p.name for p in path.glob("*.safetensors")}
+        assert files == set(index["weight_map"].values())
+        assert index["metadata"]["total_parameters"] == model.num_parameters()
+        # What transformers says of the same model, which it may lay out in another order.
+        model.save_pretrained(path / "again", max_shard_size=SHARD_BYTES)
+        again = json.loads((path / "again" / "model.safetensors.index.json").read_text())
+        assert index["metadata"] == again["metadata"]
+        assert index["weight_map"].keys() == again["weight_map"].keys()
+        for name in files:
+            with safe_open(path / name, "pt") as file:
+                assert file.metadata() == {"format": "pt"}
+
+
+def fail_while_writing(directory):
+    mesh = SPMesh(ring=WORLD_SIZE)
+    engine = make_engine(mesh, 3)
+    export_pretrained(engine, mesh, directory)
+    before = (directory / "config.json").stat().st_mtime_ns
+    error = OSError(28, "No space left on device")
+    broken = mock.patch.object(export, "save_file", side_effect=error if mesh.rank else None)
+    with broken, pytest.raises(ValueError, match=r"rank 1: \[Errno 28\] No space left on device"):
+        export_pretrained(engine, mesh, directory, max_shard_size=SHARD_BYTES)
+    mesh.agree(None)
+    assert (directory / "config.json").stat().st_mtime_ns == before
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_a_failed_export_leaves_the_earlier_model(tmp_path):
+    run_ranks(fail_while_writing, WORLD_SIZE, tmp_path / "model")
