@@ -31,6 +31,11 @@ def rows_of(path):
     record = json.loads(path.read_text(encoding="utf-8"))
     rows = record["cases"]
     told = [row for row in rows if row.get("seconds") and not row.get("reason")]
+    # What the case before has left on the GPU is no part of a row's peak.
+    left = [0, *(row.get("left_bytes", 0) for row in rows[:-1])]
+    for row, before in zip(rows, left, strict=True):
+        if row in told:
+            row["peak_bytes"] -= before
     return [(record, row) for row in told], len(rows) - len(told)
 
 

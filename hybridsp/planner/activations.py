@@ -127,7 +127,11 @@ def _linear_mixer(model: ModelShape, tokens: int, e: int) -> tuple[float, float,
     query_width, key_width, value_width = model.linear_widths
     before = e * (2 * keys + values) + 4 * gates  # q, k, v, g as the kernels take them
     if c.linear_decay != "fixed":
-        before += 4 * gates + e * tokens * c.linear_gate_low_rank_dim  # logits in fp32
+        before += 4 * gates  # logits in fp32
+    if model.projects_gates:
+        before += e * tokens * c.linear_gate_low_rank_dim
+    if c.linear_feature_map != "none":
+        before += e * tokens * (query_width + key_width)  # what its backward reads
     if c.linear_conv_kernel_dim:
         # The input, the same behind what precedes it, and the output before silu.
         before += 3 * e * tokens * (query_width + key_width + value_width)

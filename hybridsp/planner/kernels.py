@@ -21,11 +21,11 @@ COMPUTE, MEMORY = "FLOPs", "memory bandwidth"
 
 # The linear layer's kernels: forward, and forward and backward. What they take is as many times as
 # long as to read each input and write each output once, and so many bytes more for each number of
-# the states that chunks pass on. Solved from two shapes on an H100 (docs/performance.md, 256K
-# tokens): 3.0 and 5.1 times over with heads of 128 x 128, 5.4 and 8.7 with 256 x 512.
-GLA_FORWARD, GLA_STEP = (1.8, 7.2), (3.4, 29.0)
-# They keep an H100's multiprocessors as busy as its memory: an H200's faster memory alone does not
-# help (heads of 64 there, a step's profile: 105 ms, against 97 ms so and 67 by its memory).
+# the states that chunks pass on. Solved from two shapes on an H200 (docs/performance.md, 256K
+# tokens): 3.2 and 5.1 times over its floor with heads of 128 x 128, 6.3 and 9.6 with 256 x 512.
+GLA_FORWARD, GLA_STEP = (1.18, 6.66), (2.08, 26.3)
+# They keep an H100's multiprocessors as busy as its memory, so an H200's faster memory helps
+# little: kernels before these took 29.3 ms there and 31.4 on an H100. Both count as this rate.
 GLA_BYTES_PER_FLOP = 2.974e12 / 989e12
 # Reads and writes of the fp32 score matrix by plain attention, counted in ops/softmax/plain.py.
 PLAIN_FORWARD, PLAIN_BACKWARD = 12, 20

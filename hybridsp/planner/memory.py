@@ -118,7 +118,6 @@ def memory(model: ModelShape, setting: Setting, cluster: Cluster, length: int) -
     states = sharded_states(model.parameters, setting)
     always = {
         "parameters": states.parameters,
-        "gradients": states.gradients,
         "optimizer states": states.optimizer,
         "CUDA context": CUDA_CONTEXT,
         "NCCL buffers": NCCL_BUFFERS if setting.gpus > 1 else 0.0,
@@ -171,8 +170,10 @@ def _phases(model: ModelShape, setting: Setting, length: int) -> dict[str, dict[
     layers = {kind: layer_bytes(model, setting, kind, length) for kind in model.kinds}
     kept = _kept_by_checkpoints(model, setting, length)
     shared = _shared_by_layers(model, setting, layers, length)
-    stream = kept | shared
-    gathered = _gathered(model, setting)
+    largest = max(model.embedding, *(model.layer_parameters(kind) for kind in model.kinds))
+    gathered = _gathered(setting, min(model.parameters, REUSE_DISTANCE + largest))
+    states = sharded_states(model.parameters, setting)
+    stream = _kept_in_backward(model, setting, kept, states.gradients) | shared
     phases = {"loading": _loading(model, setting)}
     for kind, layer in layers.items():
         for part, num_bytes in layer.phases.items():
@@ -188,10 +189,38 @@ def _phases(model: ModelShape, setting: Setting, length: int) -> dict[str, dict[
                 "one layer's activations": max(own, 0.0),
             }
     # Before the head, the last layer's copy to the host is waited for.
-    before_head = shared if setting.offload_activations else stream
-    phases["loss"] = {**before_head, **gathered, **_loss(model, setting, length)}
-    phases["update"] = {"fp32 gradients": sharded_states(model.parameters, setting).update}
+    before_head = shared if setting.offload_activations else kept | shared
+    phases["loss"] = {
+        **before_head,
+        **_gathered(setting, model.embedding),
+        "gradients": 0.0 if _gradients_grow(setting) else states.gradients,
+        **_loss(model, setting, length),
+    }
+    phases["update"] = {"gradients": states.gradients, "fp32 gradients": states.update}
     return phases
+
+
+def _kept_in_backward(
+    model: ModelShape, setting: Setting, kept: dict[str, float], gradients: float
+) -> dict[str, float]:
+    """What is kept of layers and the gradients there are, where both together are most.
+
+    A backward pass lets go of what is kept of a layer when its gradients are made, so most is there
+    either before the last layer or behind the first.
+    """
+    if not _gradients_grow(setting):
+        return {**kept, "gradients": gradients}
+    of_head = gradients * model.embedding / model.parameters
+    layers = 1 if setting.offload_activations else model.num_layers
+    of_first = {name: num_bytes / layers for name, num_bytes in kept.items()}
+    if sum(kept.values()) + of_head > sum(of_first.values()) + gradients:
+        return {**kept, "gradients": of_head}
+    return {**of_first, "gradients": gradients}
+
+
+def _gradients_grow(setting: Setting) -> bool:
+    """Whether gradients are made in the backward pass, not in a buffer that is always there."""
+    return setting.stage <= 1 and setting.accumulation == 1
 
 
 def layer_input(model: ModelShape, setting: Setting, length: int) -> float:
@@ -237,12 +266,10 @@ def _shared_by_layers(
     }
 
 
-def _gathered(model: ModelShape, setting: Setting) -> dict[str, float]:
-    """Whole weights that ZeRO-3 holds for a while; on one rank they are whole anyway."""
+def _gathered(setting: Setting, numbers: int) -> dict[str, float]:
+    """So many whole weights that ZeRO-3 holds for a while; on one rank they are whole anyway."""
     if setting.stage < 3 or setting.gpus == 1:
         return {}
-    largest = max(model.embedding, *(model.layer_parameters(kind) for kind in model.kinds))
-    numbers = min(model.parameters, REUSE_DISTANCE + largest)
     return {"gathered weights": setting.dtype_bytes * numbers}
 
 
