@@ -9,11 +9,16 @@ stage (measured on 0.19.8, where SP ranks count as data-carrying ranks):
 and `backward` divides by the number of micro-batches GA. So each rank backpropagates
 D * GA * (sum of its losses) / N, with N the labels of the whole step: what arrives at the
 optimizer, and so clipping and the reported norm, is the gradient of the mean loss, at every stage.
+
+A step whose loss or gradient is not finite is left out. DeepSpeed's own optimizers do that (ZeRO 1
+and 2 unless "bf16": {"check_grad_overflow": false} forbids it), once they see the gradient's norm;
+a plain optimizer, as ZeRO 0 uses in fp32, is kept from its step here.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +66,17 @@ class StepResult:
         loss: mean over all labels of the step, before it.
         num_tokens: tokens read, padding included, over all ranks.
         num_labels: labels that counted.
-        grad_norm: of the gradient of the mean loss, before clipping.
+        grad_norm: of the gradient of the mean loss, before clipping; infinite where it is unknown
+            because the step was left out.
+        skipped: whether the step was left out, because its loss or its gradient was not finite:
+            weights, optimizer state and the learning rate's schedule stand where they stood.
     """
 
     loss: float
     num_tokens: int
     num_labels: int
     grad_norm: float
+    skipped: bool = False
 
 
 def initialize(
@@ -136,7 +145,7 @@ def initialize(
 
 
 def train_step(engine: Any, micro_batches: Sequence[Mapping[str, Any]]) -> StepResult:
-    """One optimizer step. Collective over all ranks.
+    """One optimizer step, or none if its loss or gradient is not finite. Collective over all ranks.
 
     Args:
         engine: made by `initialize`.
@@ -162,16 +171,34 @@ def train_step(engine: Any, micro_batches: Sequence[Mapping[str, Any]]) -> StepR
     for batch in micro_batches:
         batch_loss = engine(**batch, num_items_in_batch=num_labels).loss
         loss += batch_loss.item()
-        engine.backward(batch_loss)
+        # A loss that is not finite may have a finite gradient, which would be followed.
+        engine.backward(batch_loss if math.isfinite(loss) else batch_loss * math.nan)
         if engine.is_gradient_accumulation_boundary():
             grad_norm = unreported_norm(engine)
-        engine.step()
+        if grad_norm is None or grad_norm.isfinite():
+            engine.step()
+        else:
+            _leave_step_out(engine)
     return StepResult(
         loss=loss,
         num_tokens=num_tokens,
         num_labels=num_labels,
         grad_norm=float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+        skipped=not engine.was_step_applied(),
     )
+
+
+def _leave_step_out(engine: Any) -> None:
+    """What DeepSpeed does about a plain optimizer's step, but for the step.
+
+    As with DeepSpeed's own optimizers, it finds `overflow` set and leaves the schedule alone.
+    """
+    optimizer = engine.optimizer
+    optimizer.step, optimizer.overflow = (lambda: None), True
+    try:
+        engine.step()
+    finally:
+        del optimizer.step, optimizer.overflow
 
 
 @torch.no_grad()

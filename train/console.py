@@ -2,8 +2,8 @@
 
 Every rank runs the same script, and the libraries below it warn on each of them. Here all but rank
 0 fall silent, and an error that says by itself what is wrong (a `ValueError`, which in this project
-names a value and its remedy, or a failed self-check) ends the job with that text and exit code 2
-instead of as many tracebacks as there are ranks.
+names a value and its remedy, a file's `OSError`, or a failed self-check) ends the job with that
+text and exit code 2 instead of as many tracebacks as there are ranks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ import transformers
 from hybridsp.launch import rank_from_environment
 from hybridsp.recipe import one_line
 from hybridsp.self_check import SelfCheckError
+from hybridsp.untrusted import redact
+
+# Errors that say by themselves what the user can mend: the project's own, and a file or disk's.
+USER_ERRORS = (ValueError, OSError, SelfCheckError)
 
 
 def keep_quiet(is_main: bool) -> None:
@@ -52,10 +56,10 @@ def _let_hybridsp_speak() -> None:
 
 @contextlib.contextmanager
 def errors_of_users(*, show_traceback: bool) -> Iterator[None]:
-    """Turn a ValueError or a failed self-check into a line of rank 0 and exit code 2."""
+    """Turn one of `USER_ERRORS` into a line of rank 0 and exit code 2."""
     try:
         yield
-    except (ValueError, SelfCheckError) as error:
+    except USER_ERRORS as error:
         if show_traceback:
             raise
         rank = rank_from_environment().rank
@@ -64,8 +68,8 @@ def errors_of_users(*, show_traceback: bool) -> Iterator[None]:
             # One that only this rank met would otherwise not be told by anyone.
             time.sleep(3)
         whose = "error" if rank == 0 else f"error on rank {rank}"
-        print(f"{whose}: {one_line(error)}", file=sys.stderr)
+        print(f"{whose}: {redact(one_line(error))}", file=sys.stderr)
         sys.exit(2)
 
 
-__all__ = ["errors_of_users", "keep_quiet"]
+__all__ = ["USER_ERRORS", "errors_of_users", "keep_quiet"]

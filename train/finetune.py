@@ -8,7 +8,9 @@ it; the model is loaded, parallelized and handed to DeepSpeed; documents become 
 after the last step the result is an ordinary Hugging Face checkpoint, which rank 0 loads as anyone
 would. A run that was stopped goes on from its latest checkpoint when it is started again.
 
-An error that the user can mend ends the job with one line and exit code 2.
+An error that the user can mend ends the job with one line and exit code 2. SIGTERM and SIGUSR1 let
+it finish its step, save, and end with exit code 75. A rank that died, hangs or failed ends it with
+a report of where it stood and exit code 70.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +31,31 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybridsp
-from hybridsp.checkpoint import export_pretrained, load_checkpoint, save_checkpoint
+from hybridsp.adapters import decoder_layers
+from hybridsp.checkpoint import CheckpointSaver, export_pretrained, load_checkpoint
 from hybridsp.curriculum import Stage, enter_stage, plan_stages, scale_rate, stage_of
 from hybridsp.data import PackedLoader, load_documents, pack_documents
 from hybridsp.deepspeed_config import deepspeed_config, first_iteration
+from hybridsp.faults import (
+    EXIT_STOPPED,
+    BadSteps,
+    Position,
+    StopSignals,
+    Watchdog,
+    batch_facts,
+    check_in_step,
+    check_room,
+    engine_facts,
+    follow,
+)
+from hybridsp.launch import COLLECTIVE_TIMEOUT
 from hybridsp.lora import add_lora, export_merged
 from hybridsp.mesh import SPMesh
 from hybridsp.metrics import RunLogger
-from hybridsp.prepare import load_prepared, load_tokenizer
+from hybridsp.prepare import load_prepared, load_tokenizer, num_embeddings
 from hybridsp.pretrained import num_parameters
 from hybridsp.recipe import Recipe, load_recipe
-from hybridsp.train.console import errors_of_users, keep_quiet
+from hybridsp.train.console import USER_ERRORS, errors_of_users, keep_quiet
 
 # The batches of one stage: endless ones to train on, and one pass over the evaluation data.
 StageData = tuple[PackedLoader, PackedLoader | None]
@@ -52,35 +70,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     with errors_of_users(show_traceback=options.traceback):
         recipe = load_recipe(options.recipe, options.overrides)
-        mesh = SPMesh(ring=recipe.ring, ulysses=recipe.ulysses)
+        patience = max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=recipe.hang_timeout))
+        mesh = SPMesh(ring=recipe.ring, ulysses=recipe.ulysses, timeout=patience)
         keep_quiet(is_main=mesh.rank == 0)
-        transformers.set_seed(recipe.seed)
-        config = mesh.on_every_rank(deepspeed_config, recipe, mesh)
-        tokenizer = mesh.on_every_rank(load_tokenizer, recipe.model)
-        model = load_prepared(recipe, mesh, config)
-        if recipe.lora is not None:
-            mesh.on_every_rank(add_lora, model, recipe.lora)
-        stages = mesh.on_every_rank(plan_stages, recipe, model.config)
-        data = mesh.on_every_rank(load_data, recipe, stages, tokenizer, mesh)
-        engine = hybridsp.initialize(model, mesh, config, self_check=recipe.self_check)
-        engine.lr_scheduler.step(first_iteration(recipe))
-        torch.manual_seed(recipe.seed + mesh.rank)  # dropout: each rank has other tokens
-        first_step = resume(recipe, mesh, engine, stages, data)
-        if mesh.rank == 0:
-            print(describe(recipe, mesh, engine, stages, first_step), flush=True)
-
-        log = mesh.on_every_rank(open_log, recipe, mesh, first_step)
-        train(recipe, mesh, engine, stages, data, log, first_step)
-        log.close()
-
-        exported = export(recipe, mesh, engine, tokenizer)
-        engine.destroy()
-        del engine, model
+        watchdog = Watchdog(
+            mesh, recipe.output_dir, hang_timeout=recipe.hang_timeout, user_errors=USER_ERRORS
+        )
+        with watchdog:
+            exported = fine_tune(recipe, mesh, watchdog.position)
         dist.destroy_process_group()
-        if mesh.rank == 0:
-            print(f"{log.summary()}\nThe trained model is in {exported}", flush=True)
-            if recipe.generate_prompt is not None:
-                print("It continues the prompt:\n" + generate(exported, recipe), flush=True)
+        if exported is None:
+            sys.exit(EXIT_STOPPED)
+        if mesh.rank == 0 and recipe.generate_prompt is not None:
+            print("It continues the prompt:\n" + generate(exported, recipe), flush=True)
+
+
+def fine_tune(recipe: Recipe, mesh: SPMesh, position: Position) -> Path | None:
+    """The run from the model to the exported model, whose directory is returned.
+
+    None if a signal stopped it; it is saved then.
+    """
+    transformers.set_seed(recipe.seed)
+    config = mesh.on_every_rank(deepspeed_config, recipe, mesh)
+    tokenizer = mesh.on_every_rank(load_tokenizer, recipe.model)
+    model = load_prepared(recipe, mesh, config)
+    if recipe.lora is not None:
+        mesh.on_every_rank(add_lora, model, recipe.lora)
+    mesh.on_rank_zero(check_disk, recipe, model)
+    stages = mesh.on_every_rank(plan_stages, recipe, model.config)
+    data = mesh.on_every_rank(load_data, recipe, stages, tokenizer, mesh)
+    engine = hybridsp.initialize(model, mesh, config, self_check=recipe.self_check)
+    engine.lr_scheduler.step(first_iteration(recipe))
+    torch.manual_seed(recipe.seed + mesh.rank)  # dropout: each rank has other tokens
+    first_step = resume(recipe, mesh, engine, stages, data)
+    if mesh.rank == 0:
+        print(describe(recipe, mesh, engine, stages, first_step), flush=True)
+
+    log = mesh.on_every_rank(open_log, recipe, mesh, first_step)
+    stopped = train(recipe, mesh, engine, stages, data, log, first_step, position)
+    log.close()
+    exported = None
+    if stopped is None:
+        with position.during("exporting the model", watched=False):
+            exported = export(recipe, mesh, engine, tokenizer)
+    engine.destroy()
+    if mesh.rank == 0 and exported is None:
+        print(f"Stopped by {stopped}; all is saved: start again to go on", flush=True)
+    elif mesh.rank == 0:
+        print(f"{log.summary()}\nThe trained model is in {exported}", flush=True)
+    return exported
 
 
 def train(
@@ -91,55 +129,109 @@ def train(
     data: list[StageData],
     log: RunLogger,
     first_step: int,
-) -> None:
+    position: Position | None = None,
+) -> str | None:
     """Take the steps behind `first_step`; log, evaluate and save as often as the recipe says.
 
     The last step of a stage is always logged, evaluated and saved, where that is done at all.
+
+    Returns:
+        The name of the signal that stopped it, after a checkpoint behind the step in progress; None
+        if all steps were taken.
     """
-    for stage, (loader, held_out) in zip(stages, data, strict=True):
-        if stage.last_step <= first_step and stage is not stages[-1]:
-            continue
-        enter_stage(engine, stage)
-        log.enter_stage(stage.number, stage.seq_length)
-        eval_batches = mesh.on_every_rank(batches_of_one_pass, recipe, mesh, stage, held_out)
-        if eval_batches and first_step == 0 and stage is stages[0]:
-            log.log_evaluation(0, hybridsp.eval_step(engine, eval_batches))
+    position = position or Position()
+    bad_steps = BadSteps(mesh, recipe.output_dir, recipe.max_bad_steps)
+    keep, background = recipe.keep_checkpoints, recipe.async_save
+    saver = CheckpointSaver(engine, mesh, recipe.output_dir, keep=keep, background=background)
+    with (
+        StopSignals() as signals,
+        follow(decoder_layers(engine.module), position),
+        position.during("training", watched=True),
+    ):
+        stopped = None
+        for stage, (loader, held_out) in zip(stages, data, strict=True):
+            if stage.last_step <= first_step and stage is not stages[-1]:
+                continue
+            enter_stage(engine, stage)
+            log.enter_stage(stage.number, stage.seq_length)
+            eval_batches = mesh.on_every_rank(batches_of_one_pass, recipe, mesh, stage, held_out)
+            if eval_batches and first_step == 0 and stage is stages[0]:
+                log.log_evaluation(0, hybridsp.eval_step(engine, eval_batches))
+            begin = max(first_step + 1, stage.first_step)
+            for step in range(begin, stage.last_step + 1):
+                position.enter("drawing a batch", step=step)
+                row = take_step(recipe, mesh, engine, stage, loader, step, bad_steps, step == begin)
+                saver.poll()
+                stopped = signals.agreed(mesh)
+                if due(recipe.log_every, step, stage):
+                    log.log_step(step, **row)
+                log.advance()
+                if eval_batches and due(recipe.eval_every, step, stage) and not stopped:
+                    log.log_evaluation(step, hybridsp.eval_step(engine, eval_batches))
+                if stopped or (recipe.save_every and due(recipe.save_every, step, stage)):
+                    with position.during("saving a checkpoint", watched=False):
+                        save(saver, recipe, stage, loader, step)
+                        log.draw()
+                if stopped:
+                    break
+            if stopped:
+                break
+        with position.during("saving a checkpoint", watched=False):
+            saver.wait()
+    return stopped
 
-        for step in range(max(first_step + 1, stage.first_step), stage.last_step + 1):
 
-            def due(every: int | None, step: int = step, last: int = stage.last_step) -> bool:
-                return step == last or (every is not None and step % every == 0)
+def due(every: int | None, step: int, stage: Stage) -> bool:
+    """Whether what is done every so many steps, and behind a stage's last, is due behind `step`."""
+    return step == stage.last_step or (every is not None and step % every == 0)
 
-            start = time.perf_counter()
-            learning_rate = scale_rate(engine, stage)
-            micro_batches = [
-                hybridsp.shard_batch(batch, mesh)
-                for batch in itertools.islice(loader, stage.gradient_accumulation_steps)
-            ]
-            result = hybridsp.train_step(engine, micro_batches)
-            if due(recipe.log_every):
-                log.log_step(
-                    step,
-                    loss=result.loss,
-                    tokens=result.num_tokens,
-                    labels=result.num_labels,
-                    seconds=time.perf_counter() - start,
-                    learning_rate=learning_rate,
-                    grad_norm=result.grad_norm,
-                )
-            log.advance()
-            if eval_batches and due(recipe.eval_every):
-                log.log_evaluation(step, hybridsp.eval_step(engine, eval_batches))
-            if recipe.save_every is not None and due(recipe.save_every):
-                state = {
-                    "step": step,
-                    "stage": stage.number,
-                    "data": loader.state_dict(),
-                    "lora_alpha": recipe.lora and recipe.lora.alpha,
-                }
-                keep = recipe.keep_checkpoints
-                save_checkpoint(engine, mesh, recipe.output_dir, step, state, keep=keep)
-                log.draw()
+
+def take_step(
+    recipe: Recipe,
+    mesh: SPMesh,
+    engine: Any,
+    stage: Stage,
+    loader: PackedLoader,
+    step: int,
+    bad_steps: BadSteps,
+    is_first: bool,
+) -> dict[str, Any]:
+    """One optimizer step, and what the record says of it.
+
+    Before the first step of a stage, or after a resume, the ranks compare what they are about to
+    do.
+    """
+    start = time.perf_counter()
+    learning_rate = scale_rate(engine, stage)
+    batches = list(itertools.islice(loader, stage.gradient_accumulation_steps))
+    if is_first:
+        of_all, of_sequence = batch_facts(batches)
+        of_all |= engine_facts(engine, recipe, step=step)
+        check_in_step(mesh, of_all, of_sequence)
+    micro_batches = [hybridsp.shard_batch(batch, mesh) for batch in batches]
+    result = hybridsp.train_step(engine, micro_batches)
+    bad_steps.note(step, result, micro_batches, learning_rate=learning_rate)
+    return {
+        "loss": result.loss,
+        "tokens": result.num_tokens,
+        "labels": result.num_labels,
+        "seconds": time.perf_counter() - start,
+        "learning_rate": learning_rate,
+        "grad_norm": result.grad_norm,
+    }
+
+
+def save(
+    saver: CheckpointSaver, recipe: Recipe, stage: Stage, loader: PackedLoader, step: int
+) -> None:
+    """A checkpoint behind `step`, with all that `resume` asks for."""
+    state = {
+        "step": step,
+        "stage": stage.number,
+        "data": loader.state_dict(),
+        "lora_alpha": recipe.lora and recipe.lora.alpha,
+    }
+    saver.save(step, state)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -157,13 +249,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def load_data(recipe: Recipe, stages: list[Stage], tokenizer: Any, mesh: SPMesh) -> list[StageData]:
     """The data of every stage, all packed before the first step is taken."""
+    vocab_size = num_embeddings(recipe.model)
 
     def loader(key: str, stage: Stage, shuffle: bool) -> PackedLoader:
         try:
             # The first rank packs, behind a lock, and the others read what it wrote.
             documents = load_documents(getattr(recipe, key))
             return PackedLoader(
-                pack_documents(documents, tokenizer, stage.seq_length),
+                pack_documents(documents, tokenizer, stage.seq_length, vocab_size=vocab_size),
                 dp_rank=mesh.dp_rank,
                 dp=mesh.dp,
                 micro_batch_size=stage.micro_batch_size,
@@ -243,6 +336,17 @@ def export(recipe: Recipe, mesh: SPMesh, engine: Any, tokenizer: Any) -> Path:
     return mesh.on_rank_zero(merge, recipe.model, adapter, output_dir / "model")
 
 
+def check_disk(recipe: Recipe, model: Any) -> None:
+    """Raise ValueError if `output_dir` has no room for what the run is going to write."""
+    check_room(
+        recipe.output_dir,
+        trained=num_parameters(model, only_trainable=True),
+        parameters=num_parameters(model),
+        bytes_per_weight=recipe.torch_dtype.itemsize,
+        keep=recipe.keep_checkpoints if recipe.save_every else 0,
+    )
+
+
 def open_log(recipe: Recipe, mesh: SPMesh, first_step: int) -> RunLogger:
     """The run's record, which only rank 0 writes."""
     return RunLogger(recipe.output_dir, recipe.max_steps, mesh.rank == 0, first_step)
@@ -274,8 +378,9 @@ def describe(
 
 def generate(directory: Path, recipe: Recipe) -> str:
     """The recipe's prompt and how the exported model continues it, greedily."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    ours = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(directory, **ours)
+    model = AutoModelForCausalLM.from_pretrained(directory, **ours)
     prompt = tokenizer(recipe.generate_prompt, return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=recipe.max_new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)

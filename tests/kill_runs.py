@@ -1,0 +1,375 @@
+"""Runs of train/finetune.py that are disturbed at random, and what becomes of them.
+
+    python tests/kill_runs.py --trials 100 --out docs/kill_runs.json
+
+Each trial trains a tiny model on forked ranks by the script's own `main`, disturbs it once at a
+random moment, starts it again until it has finished, and compares its record and weights with those
+of an undisturbed run, bit by bit. `Job` stands in for a launcher, as whose only duties are passing
+on a signal and ending a job one of whose ranks has failed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import datasets
+import torch
+from distributed import DEEPSPEED, PRELOAD, _context, _start_fork_server
+from finetune_hosts import make_host, rows_of
+
+from hybridsp.train import finetune
+
+PRELOAD += [*DEEPSPEED, finetune.__name__]
+
+WORLD = 2
+STEPS, SAVE_EVERY = 8, 2
+# A whole run takes seconds; what is not over by then hangs.
+LIMIT_SECONDS = 60
+LAUNCHER_GRACE_SECONDS = 30
+POLL_SECONDS = 0.01
+RECIPE = {
+    "ulysses": WORLD,
+    "max_steps": STEPS,
+    "save_every": SAVE_EVERY,
+    "keep_checkpoints": 3,
+    "eval_data": None,
+    "eval_every": None,
+    "generate_prompt": None,
+    "self_check": False,
+    "hang_timeout": 10,
+}
+
+
+@dataclass
+class Ended:
+    """How a job ended."""
+
+    codes: list[int]
+    seconds: float
+    output: str
+    hung: bool = False
+    after_fault: float = 0.0  # seconds from the first failed rank to the last one's end
+
+
+class Job:
+    """A job of ranks, as a launcher on one host runs it."""
+
+    def __init__(self, directory, target, *args, world=WORLD):
+        _start_fork_server()
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.logs = [Path(directory) / f"rank{rank}.log" for rank in range(world)]
+        self.began = time.monotonic()
+        self.ranks = [
+            _context.Process(
+                target=_rank_main, args=(rank, world, port, self.logs[rank], target, args)
+            )
+            for rank in range(world)
+        ]
+        for rank in self.ranks:
+            rank.start()
+
+    def terminate(self, number=signal.SIGTERM):
+        """What a launcher does that is told to end."""
+        for rank in self.ranks:
+            self.send(rank, number)
+
+    def send(self, rank, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank.pid, number)
+
+    def running(self):
+        return any(rank.exitcode is None for rank in self.ranks)
+
+    def wait(self, disturb=lambda job: None, limit=LIMIT_SECONDS):
+        """Look after the ranks until all have ended; `disturb` is called again and again."""
+        failed_at, hung = None, False
+        while self.running():
+            disturb(self)
+            now = time.monotonic()
+            if failed_at is None and any(rank.exitcode not in (None, 0) for rank in self.ranks):
+                failed_at = now
+                self.terminate()
+            late = failed_at is not None and now - failed_at > LAUNCHER_GRACE_SECONDS
+            if late or now - self.began > limit:
+                hung = True
+                self.terminate(signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+        ended = time.monotonic()
+        for rank in self.ranks:
+            rank.join()
+        return Ended(
+            codes=[rank.exitcode for rank in self.ranks],
+            seconds=ended - self.began,
+            output="".join(log.read_text(errors="replace") for log in self.logs),
+            hung=hung,
+            after_fault=0.0 if failed_at is None else ended - failed_at,
+        )
+
+
+def _rank_main(rank, world, port, log, target, args):
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    try:
+        target(*args)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def fine_tune(directory, overrides=(), file_limit=None):
+    """The script's `main` in a directory made by `make_host`."""
+    os.chdir(directory)
+    if file_limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    cache = Path(f"cache{os.environ['RANK']}").absolute()
+    with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", cache):
+        finetune.main(["recipe.yaml", *overrides])
+
+
+@dataclass
+class Trial:
+    """One disturbed run, and what became of it."""
+
+    kind: str
+    seed: int
+    disturbed_at: float = 0.0  # seconds after the start, or behind a step
+    codes: list[int] = field(default_factory=list)
+    restarts: int = 0
+    seconds_to_end: float = 0.0  # from the disturbance to the end of the last rank
+    steps_lost: int = 0
+    failure: str = ""
+
+
+class AtStep:
+    """Disturbs a job at a random moment behind a step, once."""
+
+    def __init__(self, run, rng, act):
+        self.run, self.act = run, act
+        self.step, self.delay = rng.randrange(STEPS), rng.uniform(0, 0.4)
+        self.due = self.done = None
+
+    def __call__(self, job):
+        now = time.monotonic()
+        if self.due is None and steps_of(self.run) >= self.step:
+            self.due = now + self.delay
+        if self.done is None and self.due is not None and now >= self.due:
+            self.done = now - job.began
+            self.act(job)
+
+
+class DuringSave(AtStep):
+    """Disturbs a job while a checkpoint is being written."""
+
+    def __init__(self, run, rng, act):
+        super().__init__(run, rng, act)
+        self.save, self.delay = rng.randrange(STEPS // SAVE_EVERY), rng.uniform(0, 0.1)
+        self.seen = set()
+
+    def __call__(self, job):
+        self.seen |= {path.name for path in (self.run / "checkpoints").glob("*.partial")}
+        if self.due is None and len(self.seen) > self.save:
+            self.due = time.monotonic() + self.delay
+        self.step = STEPS + 1
+        super().__call__(job)
+
+
+def steps_of(run):
+    record = run / "metrics.jsonl"
+    return record.read_text().count("\n") if record.exists() else 0
+
+
+def complete_step(run):
+    """The step of the newest complete checkpoint; 0 without one."""
+    pointer = run / "checkpoints" / "latest"
+    return int(pointer.read_text().removeprefix("step-")[:6]) if pointer.exists() else 0
+
+
+def kill_a_rank(rng):
+    return lambda job: job.send(rng.choice(job.ranks), signal.SIGKILL)
+
+
+def terminate(rng):
+    number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
+    return lambda job: job.terminate(number)
+
+
+def signal_one_rank(rng):
+    return lambda job: job.send(rng.choice(job.ranks), signal.SIGUSR1)
+
+
+def spoil_a_file(run, rng, flip):
+    """Truncate or change one file of the newest checkpoint; returns the checkpoint's name."""
+    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    path = rng.choice(files)
+    data = bytearray(path.read_bytes())
+    if flip:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+    else:
+        path.write_bytes(data[: rng.randrange(len(data))])
+    return folder.name
+
+
+KINDS = (
+    "kill",
+    "kill in a save",
+    "signal",
+    "signal to one rank",
+    "full disk",
+    "truncated file",
+    "flipped bit",
+)
+
+
+def disturb(kind, directory, rng, trial):
+    """The disturbed start of a trial's run; returns how it ended."""
+    run = directory / "run"
+    overrides, limit, moment = [], None, None
+    if kind == "kill":
+        moment = AtStep(run, rng, kill_a_rank(rng))
+    elif kind == "kill in a save":
+        moment = DuringSave(run, rng, kill_a_rank(rng))
+    elif kind == "signal":
+        moment = AtStep(run, rng, terminate(rng))
+    elif kind == "signal to one rank":
+        moment = AtStep(run, rng, signal_one_rank(rng))
+        moment.step = rng.randrange(1, STEPS - 2)
+    elif kind == "full disk":
+        limit = rng.randrange(20_000, 400_000)
+    else:
+        moment = AtStep(run, rng, kill_a_rank(rng))
+        moment.step = rng.randrange(SAVE_EVERY + 1, STEPS)
+    job = Job(directory, fine_tune, directory, overrides, limit)
+    end = job.wait(moment or (lambda job: None))
+    trial.disturbed_at = 0.0 if moment is None else round(moment.done or 0.0, 3)
+    return end
+
+
+def attempt(kind, seed, template, expected):
+    """One trial, from the disturbance to the comparison."""
+    rng, trial = random.Random(f"{kind} {seed}"), Trial(kind, seed)
+    with tempfile.TemporaryDirectory(prefix="kill-") as place:
+        directory = Path(place) / "host"
+        shutil.copytree(template, directory)
+        run = directory / "run"
+        end = disturb(kind, directory, rng, trial)
+        trial.codes = end.codes
+        trial.seconds_to_end = round(end.seconds - trial.disturbed_at, 2)
+        saved, reached = complete_step(run), steps_of(run)
+        damaged = None
+        if kind in ("truncated file", "flipped bit") and saved:
+            damaged = spoil_a_file(run, rng, flip=kind == "flipped bit")
+            saved = 0
+        trial.steps_lost = reached - saved
+        again = end
+        while any(again.codes) and trial.restarts < 3:
+            again = Job(directory, fine_tune, directory).wait()
+            trial.restarts += 1
+            if "Traceback" in again.output:
+                trial.failure = again.output[-3000:]
+            elif any(again.codes) and damaged and damaged in again.output:
+                shutil.rmtree(run / "checkpoints" / damaged)  # the remedy that the message names
+            elif any(again.codes):
+                trial.failure = again.output[-3000:]
+            elif (taken := steps_taken(again.output)) < saved:
+                trial.failure = f"step {saved} was saved, but step {taken} was resumed"
+        if end.hung or again.hung or any(again.codes):
+            trial.failure = f"hung or not finished: {end} {again}"[-3000:]
+        elif result_of(run) != expected:
+            trial.failure = f"not the undisturbed result: {rows_of(run, 'loss')}"
+    return trial
+
+
+def steps_taken(output):
+    """Optimizer steps that a run said it had behind it when it began."""
+    return int(output.partition(" taken, ")[0].rsplit(None, 1)[-1])
+
+
+def result_of(run):
+    """What two equal runs have in common, to the bit."""
+    columns = {name: rows_of(run, name) for name in ("loss", "grad_norm", "learning_rate")}
+    return columns, (run / "model" / "model.safetensors").read_bytes()
+
+
+def undisturbed(place):
+    """A prepared directory and the result of its run; data are packed there once for all trials."""
+    directory = Path(place) / "template"
+    make_host(directory, "run", **RECIPE)
+    end = Job(directory, fine_tune, directory).wait()
+    if any(end.codes):
+        raise RuntimeError(f"the undisturbed run failed: {end.output}")
+    expected = result_of(directory / "run")
+    shutil.rmtree(directory / "run")
+    return directory, expected
+
+
+def table(trials):
+    """Markdown: a row per kind of disturbance."""
+    head = (
+        "disturbance",
+        "trials",
+        "equal to the undisturbed run",
+        "steps lost",
+        "ranks ended after (s)",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for kind in dict.fromkeys(trial.kind for trial in trials):
+        ones = [trial for trial in trials if trial.kind == kind]
+        good = sum(not trial.failure for trial in ones)
+        lost = f"0-{max(trial.steps_lost for trial in ones)}"
+        ends = sorted(trial.seconds_to_end for trial in ones)
+        lines.append(f"| {kind} | {len(ones)} | {good} | {lost} | at most {ends[-1]:.1f} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file of all trials")
+    options = parser.parse_args()
+    trials = []
+    with tempfile.TemporaryDirectory(prefix="kill-runs-") as place:
+        template, expected = undisturbed(place)
+        for number in range(options.trials):
+            kind = KINDS[number % len(KINDS)]
+            trials.append(attempt(kind, options.seed + number, template, expected))
+            print(number, asdict(trials[-1]), flush=True)
+            if options.out:
+                options.out.write_text(json.dumps([asdict(t) for t in trials], indent=1) + "\n")
+    print(table(trials))
+    sys.exit(any(trial.failure for trial in trials))
+
+
+if __name__ == "__main__":
+    # Ranks import what they run by the module's name.
+    import kill_runs
+
+    kill_runs.main()
