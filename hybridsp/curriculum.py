@@ -23,6 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hybridsp.loss import TokenMean
 from hybridsp.recipe import Recipe, StageKeys
+from hybridsp.untrusted import shown
 
 # Frequencies that depend on the length of a whole sequence, which no rank sees.
 OF_THE_LENGTH = ("dynamic", "longrope")
@@ -166,26 +167,58 @@ def _rope_parameters(
     softmax_rope = getattr(config, "softmax_rope", True)
     if not before or not (softmax_rope or getattr(config, "linear_rope", False)):
         raise ValueError(f"{config.model_type} has no layer with RoPE here: drop them")
+    if empty := [name for name, value in changes.items() if value is None]:
+        raise ValueError(f"{empty[0]} = None: give a value, or leave it out")
     kept = {"rope_theta": before["rope_theta"]} if "rope_type" in changes else before
     trial = deepcopy(config)
     trial.rope_parameters = {**kept, **changes}
     kind = trial.rope_parameters.get("rope_type", "default")
-    if any(word in kind for word in OF_THE_LENGTH):
+    if isinstance(kind, str) and any(word in kind for word in OF_THE_LENGTH):
         raise ValueError(
             f"rope_type = {kind!r}: its frequencies depend on the length of the whole sequence, "
             "which no rank sees; use linear, yarn or llama3"
         )
-    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+    if not isinstance(kind, str) or (kind != "default" and kind not in ROPE_INIT_FUNCTIONS):
         known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS} - {*OF_THE_LENGTH}))
-        raise ValueError(f"rope_type = {kind!r} is unknown; known: {known}")
-    if empty := [name for name, value in changes.items() if value is None]:
-        raise ValueError(f"{empty[0]} = None: give a value, or leave it out")
+        raise ValueError(f"rope_type = {shown(kind)} is unknown; known: {known}")
+    _check_rope(trial, set(changes), kind)
+    return trial.rope_parameters
+
+
+def _check_rope(trial: Any, changed: set[str], kind: str) -> None:
+    """Complete a config's `rope_parameters`, and see whether frequencies can be made of them."""
+
+    def check_keys(_: str, received: set, required: set, *optional: set, **more: set) -> None:
+        known = required.union(*optional, *filter(None, more.values()))
+        if missing := required - received:
+            needs = ", ".join(sorted(missing))
+            raise ValueError(f"transformers refuses them: rope_type = {kind!r} needs {needs}")
+        if unknown := changed & received - known - {"type"}:
+            raise ValueError(
+                f"{min(unknown)} is no parameter of rope_type = {kind!r}: drop it; known: "
+                f"{', '.join(sorted(known))}"
+            )
+
+    # transformers warns of keys that it will not read; here they are errors.
+    trial._check_received_keys = check_keys
     try:
         trial.standardize_rope_params()
         trial.validate_rope()
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"transformers refuses them: {error}") from error
-    return trial.rope_parameters
+        theta = trial.rope_parameters["rope_theta"]
+        frequencies, scale = torch.tensor(1.0 / theta), 1.0
+        if kind != "default":
+            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](trial, torch.device("cpu"))
+    except ValueError:
+        raise
+    except Exception as error:  # of every kind: it computes with what it is given
+        raise ValueError(
+            f"transformers refuses them ({type(error).__name__}: {error}); mend {sorted(changed)}"
+        ) from error
+    if not (frequencies.isfinite().all() and (frequencies > 0).all() and 0 < scale < float("inf")):
+        raise ValueError(
+            f"{shown(trial.rope_parameters)} give frequencies of 0 or without bound: "
+            f"mend {', '.join(sorted(changed))}"
+        )
 
 
 __all__ = ["Stage", "enter_stage", "plan_stages", "scale_rate", "set_rope", "stage_of"]

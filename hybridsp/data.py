@@ -15,12 +15,10 @@ stop at any step and go on with another number of ranks:
 The ranks of one sequence-parallel group share a ``dp_rank``, hence receive the same rows.
 """
 
-import glob
 import hashlib
 import inspect
 import logging
 from collections.abc import Iterator
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -29,91 +27,23 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from hybridsp.documents import load_documents
+from hybridsp.untrusted import shown
+
 logger = logging.getLogger(__name__)
 
 TOKENS = List(Value("int32"))
-TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 
 # A row may hold a million tokens: keep far fewer in memory than the libraries' default of 1000.
 DOCUMENTS_PER_BATCH = 16
 TOKENS_PER_WRITE = 2**20
 
 FINGERPRINTED_SAMPLES = 64
-
-
-def load_documents(source: str | PathLike[str], *, text_field: str = "text") -> Dataset:
-    """Load documents as a dataset with the single column ``"text"``, one row per document.
-
-    Args:
-        source: one of
-            - a ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file: one document per row;
-            - any other file: UTF-8 text, the whole file is one document;
-            - a directory (read recursively, hidden files left out) or a glob such as
-              ``corpus/**/*.py``: all its files, in sorted order, of one of the two kinds above;
-            - a directory written by ``Dataset.save_to_disk``.
-        text_field: the column that holds the text; text files have ``"text"``.
-
-    Raises:
-        ValueError: the source is missing or empty, mixes tables with text, cannot be decoded,
-            or ``text_field`` is not a column of strings without nulls.
-    """
-    path = Path(source)
-    if (path / "dataset_dict.json").is_file():
-        raise ValueError(f"source={str(source)!r} holds several splits; name one of its folders")
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        documents = datasets.load_from_disk(str(path))
-    else:
-        documents = _load_files(_expand(source), source)
-    return _text_column(documents, text_field, source)
-
-
-def _expand(source: str | PathLike[str]) -> list[Path]:
-    """The files with content that ``source`` names, sorted: documents have a fixed order."""
-    path = Path(source)
-    pattern = glob.escape(str(path)) + "/**/*" if path.is_dir() else str(source)
-    hits = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-    files = [hit for hit in hits if hit.is_file() and hit.stat().st_size]
-    if not files:
-        raise ValueError(f"source={str(source)!r} names no file with content; give another path")
-    return files
-
-
-def _load_files(files: list[Path], source: str | PathLike[str]) -> Dataset:
-    formats = {TABLE_FORMATS.get(file.suffix, "text") for file in files}
-    if len(formats) > 1:
-        raise ValueError(
-            f"source={str(source)!r} mixes files of the formats {sorted(formats)}; "
-            "select one kind with a glob, as 'corpus/**/*.py'"
-        )
-    (file_format,) = formats
-    options = {"sample_by": "document"} if file_format == "text" else {}
-    # load_dataset takes patterns: what looks like one in a file's own name is escaped.
-    data_files = [glob.escape(str(file.absolute())) for file in files]
-    try:
-        return datasets.load_dataset(file_format, data_files=data_files, split="train", **options)
-    except (DatasetGenerationError, ValueError) as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"source={str(source)!r} cannot be read: {reason}") from error
-
-
-def _text_column(documents: Dataset, text_field: str, source: str | PathLike[str]) -> Dataset:
-    what = f"text_field={text_field!r} of source={str(source)!r}"
-    if text_field not in documents.column_names:
-        raise ValueError(f"{what} does not exist; the columns are {documents.column_names}")
-    if not len(documents):
-        raise ValueError(f"{what} has no documents")
-    documents = documents.select_columns(text_field)
-    dtype = getattr(documents.features[text_field], "dtype", "a nested type")
-    if dtype not in ("string", "large_string"):
-        raise ValueError(f"{what} holds {dtype}, not text")
-    if nulls := documents.data.column(text_field).null_count:
-        raise ValueError(f"{what} has {nulls} null values; drop those documents")
-    return documents if text_field == "text" else documents.rename_column(text_field, "text")
 
 
 def pack_documents(
@@ -123,6 +53,7 @@ def pack_documents(
     *,
     add_eos: bool = True,
     num_proc: int | None = None,
+    vocab_size: int | None = None,
 ) -> Dataset:
     """Tokenise documents and lay them end to end in samples of exactly ``seq_length`` tokens.
 
@@ -141,6 +72,8 @@ def pack_documents(
         seq_length: tokens per sample, ``T``.
         add_eos: close each document with ``tokenizer.eos_token_id``.
         num_proc: processes for the tokenisation.
+        vocab_size: tokens that the model has embeddings for; None leaves unchecked whether the
+            tokenizer knows more. (A token without embedding ends a GPU's program in mid-run.)
 
     Returns:
         A memory-mapped dataset of ``{"input_ids": int32 [T], "document_lengths": int32 [n]}``
@@ -148,7 +81,8 @@ def pack_documents(
 
     Raises:
         ValueError: there is no ``"text"`` column, ``seq_length < 1``, the tokenizer lacks the
-            end-of-sequence token, or the corpus is shorter than one sample.
+            end-of-sequence token, the corpus is shorter than one sample, or has tokens that the
+            model has no embedding for.
     """
     if "text" not in documents.column_names:
         raise ValueError(f"documents have {documents.column_names}, but need a 'text' column")
@@ -190,11 +124,33 @@ def pack_documents(
             writer_batch_size=max(1, min(1000, TOKENS_PER_WRITE // seq_length)),
             fingerprint=samples_key,
         )
+    if vocab_size is not None:
+        _check_tokens(samples, tokenizer, vocab_size)
     logger.info(
         f"packed {len(documents)} documents into {len(samples)} samples of {seq_length} tokens; "
         f"dropped the last {available % seq_length} of {available} tokens"
     )
     return samples
+
+
+def _check_tokens(samples: Dataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse tokens that the model has no embedding for, which few tokenizers could make at all."""
+    if max(tokenizer.get_vocab().values(), default=0) < vocab_size:
+        return
+    highest = _extreme(samples, "input_ids", "max")
+    if highest >= vocab_size:
+        raise ValueError(
+            f"the documents hold token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), "
+            f"but the model's vocabulary ends at {vocab_size - 1}: tokenizer and model do not "
+            "belong together, or the model's embeddings have to be resized first"
+        )
+
+
+def _extreme(dataset: Dataset, column: str, which: str) -> int:
+    """The least ("min") or highest ("max") number in the lists of a column."""
+    batches = dataset.select_columns(column).with_format("arrow").iter(batch_size=1000)
+    found = [pc.min_max(pc.list_flatten(batch[column]))[which].as_py() for batch in batches]
+    return {"min": min, "max": max}[which](one for one in found if one is not None)
 
 
 def _cache_key(documents: Dataset, tokenizer: PreTrainedTokenizerBase, eos: int | None) -> str:
@@ -335,13 +291,21 @@ class PackedLoader:
             ValueError: the state is incomplete, or of another dataset, seed or order.
         """
         identity = self._identity()
+        if not isinstance(state, dict):
+            raise ValueError(f"the data state is {shown(state)}, not what state_dict returns")
         if missing := {"epoch", "position", *identity} - state.keys():
             raise ValueError(f"the data state lacks {sorted(missing)}")
         for name, here in identity.items():
             if state[name] != here:
                 raise ValueError(
-                    f"the data state has {name}={state[name]!r}, but this run has {here!r}; resume "
-                    "with the same data, seq_length, seed and order, or start a new data state"
+                    f"the data state has {name}={shown(state[name])}, but this run has {here!r}; "
+                    "resume with the same data, seq_length, seed and order, or start a new one"
+                )
+        for name, end in (("epoch", 2**32), ("position", len(self.dataset) + 1)):
+            if type(state[name]) is not int or not 0 <= state[name] < end:
+                raise ValueError(
+                    f"the data state has {name}={shown(state[name])}, which must be a whole number "
+                    f"from 0 to {end - 1}: start a new data state"
                 )
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._epoch_order()
@@ -364,15 +328,23 @@ class PackedLoader:
 
 def _checked_samples(dataset: Dataset) -> Dataset:
     """The columns to train on, if all samples have one length and their documents fill it."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"dataset is a {type(dataset).__name__}: give a datasets.Dataset")
     if missing := {"input_ids", "document_lengths"} - set(dataset.column_names):
         raise ValueError(
             f"packed samples need the columns {sorted(missing)}, but the dataset has "
             f"{dataset.column_names}; see pack_documents"
         )
     per_token = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    for name in (*per_token, "document_lengths"):
+        _check_integers(dataset, name)
     tokens = {name: _row_lengths(dataset, name) for name in per_token}
     documents = dataset.select_columns("document_lengths").with_format("numpy")
-    tokens["document_lengths"] = np.array([row["document_lengths"].sum() for row in documents])
+    rows = [row["document_lengths"].astype(np.int64) for row in documents]
+    tokens["document_lengths"] = np.array([lengths.sum() for lengths in rows])
+    for number, lengths in enumerate(rows):
+        if lengths.size and lengths.min() < 0:
+            raise ValueError(f"document_lengths of sample {number} holds {lengths.min()}")
     seq_length = tokens["input_ids"][0]
     for name, counts in tokens.items():
         if (wrong := np.flatnonzero(counts != seq_length)).size:
@@ -380,7 +352,19 @@ def _checked_samples(dataset: Dataset) -> Dataset:
                 f"{name} of sample {wrong[0]} covers {counts[wrong[0]]} tokens, but sample 0 has "
                 f"{seq_length}; every sample needs the same number"
             )
+    if seq_length == 0:
+        raise ValueError("the samples hold no tokens: pack documents into at least 1 each")
     return dataset.select_columns([*per_token, "document_lengths"])
+
+
+def _check_integers(dataset: Dataset, name: str) -> None:
+    """Refuse a column that is not a list of whole numbers in every row."""
+    kind = dataset.features[name]
+    if not isinstance(kind, List) or getattr(kind.feature, "dtype", "") not in INTEGERS:
+        raise ValueError(f"the column {name} holds {kind}: give lists of int32 or int64")
+    column = dataset.data.column(name)
+    if column.null_count or pc.list_flatten(column).null_count:
+        raise ValueError(f"the column {name} has null values: drop those samples")
 
 
 def _content_fingerprint(dataset: Dataset) -> str:
@@ -396,3 +380,6 @@ def _content_fingerprint(dataset: Dataset) -> str:
         for name in sorted(row):
             digest.update(np.ascontiguousarray(row[name], dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]
+
+
+__all__ = ["PackedLoader", "load_documents", "pack_documents"]

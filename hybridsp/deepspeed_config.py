@@ -8,13 +8,13 @@ and so is a key that DeepSpeed never reads.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridsp.recipe import Recipe, one_line, refuse_unknown
+from hybridsp.untrusted import MAX_JSON_BYTES, parse_json, read_text, redact, shown
 
 if TYPE_CHECKING:
     from hybridsp.mesh import SPMesh
@@ -46,10 +46,10 @@ def deepspeed_config(recipe: Recipe, mesh: SPMesh) -> dict[str, Any]:
         for name in sections:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise ValueError(f"{source}: {name} = {section!r} must be a mapping")
+                raise ValueError(f"{source}: {name} = {shown(section)} must be a mapping")
         if key in section and not _equal(section[key], value):
             raise ValueError(
-                f"{source}: {path} = {section[key]!r} contradicts the recipe's {field}, which "
+                f"{source}: {path} = {shown(section[key])} contradicts the recipe's {field}, which "
                 f"makes it {value!r}: delete it there, the recipe decides"
             )
         section[key] = value
@@ -150,18 +150,20 @@ def read_deepspeed(value: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]
     names = sorted(f.name[:-5] for f in shipped.iterdir() if f.name.endswith(".json"))
     if value in names:
         text = (shipped / f"{value}.json").read_text(encoding="utf-8")
-    elif Path(value).is_file():
-        text = Path(value).read_text(encoding="utf-8")
+    elif _is_file(value):
+        text = read_text(value, MAX_JSON_BYTES)
     else:
         remedy = f"is neither a JSON file nor a shipped configuration ({', '.join(names)})"
-        raise ValueError(f"deepspeed = {value!r} {remedy}")
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed = {value!r} is no valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"deepspeed = {value!r} must hold a JSON object")
+        raise ValueError(f"deepspeed = {shown(value)} {remedy}")
+    config = parse_json(text, f"deepspeed = {value!r}")
     return _without_auto(config), f"deepspeed = {value!r}"
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return path.isprintable() and Path(path).is_file()
+    except OSError:  # no name for a file, as one of a thousand letters
+        return False
 
 
 def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +209,7 @@ def parse_deepspeed(config: Mapping[str, Any], source: str) -> Any:
     Raises:
         ValueError: a key or a value that DeepSpeed does not take.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
@@ -215,13 +217,25 @@ def parse_deepspeed(config: Mapping[str, Any], source: str) -> Any:
     zero = config.get("zero_optimization")
     what = f"{source}: DeepSpeed refuses it: unknown key in zero_optimization"
     refuse_unknown(zero if isinstance(zero, Mapping) else (), known, what)
+    _refuse_secrets(config, source)
     lookups = _Lookups({k: v for k, v in config.items() if k != "train_batch_size"})
     try:
         parsed = DeepSpeedConfig(lookups)
-    except (DeepSpeedConfigError, ValueError, AssertionError, AttributeError, TypeError) as error:
-        raise ValueError(f"{source}: DeepSpeed refuses it: {one_line(error)}") from error
+    except Exception as error:  # of every kind, where a value is of a type it does not expect
+        reason = redact(one_line(error))[:1000] or type(error).__name__
+        raise ValueError(f"{source}: DeepSpeed refuses it: {reason}") from error
     refuse_unknown(config, lookups.seen, f"{source}: unknown DeepSpeed key")
     return parsed
+
+
+def _refuse_secrets(config: Mapping[str, Any], source: str) -> None:
+    """DeepSpeed prints its whole configuration, so it is no place for an access key."""
+    comet = config.get("comet")
+    if isinstance(comet, Mapping) and comet.get("api_key") is not None:
+        raise ValueError(
+            f"{source}: comet.api_key would be printed in every log: remove it, and set the "
+            "environment variable COMET_API_KEY"
+        )
 
 
 def _equal(theirs: Any, ours: Any) -> bool:

@@ -118,9 +118,14 @@ def head_shares(num_heads: int, num_kv_heads: int, ulysses: int) -> list[HeadSha
         One share per Ulysses rank, in order.
 
     Raises:
-        ValueError: the KV heads do not divide the query heads, or there are fewer query heads
-            than ranks.
+        ValueError: a number is not positive, the KV heads do not divide the query heads, or there
+            are fewer query heads than ranks.
     """
+    if min(num_heads, num_kv_heads, ulysses) < 1:
+        raise ValueError(
+            f"{num_heads} query heads, {num_kv_heads} KV heads and ulysses = {ulysses} must all be "
+            "at least 1"
+        )
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_kv_heads} KV heads do not divide {num_heads} query heads")
     if ulysses > num_heads:

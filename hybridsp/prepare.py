@@ -15,18 +15,27 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridsp.mesh import SPMesh
 from hybridsp.parallelize import parallelize
-from hybridsp.pretrained import check_safetensors, empty_causal_lm, fill_sharded, load_causal_lm
+from hybridsp.pretrained import (
+    NO_CODE,
+    check_config,
+    check_safetensors,
+    empty_causal_lm,
+    fill_sharded,
+    load_causal_lm,
+)
 from hybridsp.recipe import Recipe
+from hybridsp.untrusted import shown
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or needs code of its own.
     """
+    check_config(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
     except Exception as error:  # tokenizers raises plain Exceptions, which name no file
         if not any(Path(folder).glob("token*")):
             raise ValueError(
@@ -34,6 +43,18 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
                 "files there from the checkpoint that the model comes from"
             ) from error
         raise ValueError(f"the tokenizer of {folder} cannot be read: {error}") from error
+
+
+def num_embeddings(folder: str) -> int | None:
+    """Tokens that a checkpoint's model has embeddings for, by its config; None if that is silent.
+
+    Raises:
+        ValueError: the config cannot be read, or says no number.
+    """
+    size = check_config(folder).get("vocab_size")
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"{folder}: vocab_size = {shown(size)} in config.json is no number")
+    return size
 
 
 def prepare_model(model: PreTrainedModel, mesh: SPMesh, recipe: Recipe) -> None:
@@ -80,4 +101,4 @@ def load_prepared(recipe: Recipe, mesh: SPMesh, config: Mapping[str, Any]) -> Pr
     return model
 
 
-__all__ = ["load_prepared", "load_tokenizer", "prepare_model"]
+__all__ = ["load_prepared", "load_tokenizer", "num_embeddings", "prepare_model"]

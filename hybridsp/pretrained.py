@@ -2,7 +2,8 @@
 
 transformers is lenient: a weight that a checkpoint lacks is made up at random and one that has no
 place is dropped, each with a warning at most, and training goes on. Here both are errors, and so is
-a file that is cut short. Only safetensors are read, which hold no code.
+a file that is cut short. Only safetensors are read, which hold no code; and no code is run that a
+checkpoint brings or names, be it a model's (`auto_map`) or a kernel of the Hub.
 
 `load_causal_lm` gives a process the whole model. Under ZeRO-3 no rank is to hold more than its
 share: `empty_causal_lm` builds the model without weights, and `fill_sharded` reads one weight at a
@@ -12,8 +13,8 @@ to do so has every rank read the whole checkpoint.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,31 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from hybridsp.deepspeed_config import skip_inference_op
 from hybridsp.mesh import SPMesh
+from hybridsp.untrusted import inside, read_json, reading, shown
+
+# transformers, left alone, asks on the terminal whether to run a checkpoint's code.
+NO_CODE = {"trust_remote_code": False}
+# Under these names a config may ask for an implementation, one of the Hub ("owner/name") included.
+IMPLEMENTATIONS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+# The deepest models have some hundred. A model is built layer by layer before its weights are read.
+MOST_LAYERS = 2_000
 
 
 def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
@@ -35,16 +57,23 @@ def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
         options: of `AutoModelForCausalLM.from_pretrained` (`dtype`, `config`, `gguf_file`, ...).
 
     Raises:
-        ValueError: weights are missing, left over or of another shape than the config says.
+        FileNotFoundError: there are no safetensors, or a shard is missing.
+        ValueError: weights are missing, left over or of another shape than the config says, the
+            config or the weights cannot be read, or the checkpoint needs code of its own.
     """
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
+    if "gguf_file" not in options:
+        check_config(folder)
+        check_safetensors(folder)
+    with reading(folder, "model"):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **NO_CODE,
+            **options,
+        )
     for problem in ("missing", "unexpected", "mismatched"):
         _refuse(folder, problem, sorted(map(str, loaded[f"{problem}_keys"])))
     return model
@@ -62,17 +91,20 @@ def empty_causal_lm(folder: str | Path, *, dtype: torch.dtype) -> PreTrainedMode
     Raises:
         FileNotFoundError: there are no safetensors, or a shard is missing.
         ValueError: weights are missing, left over or of another shape than the config says, or
-            stored under names that only `load_causal_lm` understands.
+            stored under names that only `load_causal_lm` understands; or as `load_causal_lm`.
     """
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    model.name_or_path = str(folder)
-    if (Path(folder) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    check_config(folder)
+    files = _files_of_weights(folder)
+    with reading(folder, "model"):
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, **NO_CODE)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+        model.tie_weights()
+        model.name_or_path = str(folder)
+        if (Path(folder) / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
-    files, groups = _files_of_weights(folder), _names_of_parameters(model)
+    groups = _names_of_parameters(model)
     _refuse(folder, "missing", [names[0] for names in groups if not files.keys() & set(names)])
     known = {name for names in groups for name in names}
     # Frequencies, which old checkpoints of Llama hold for every layer, follow from the config.
@@ -148,13 +180,13 @@ def _files_of_weights(folder: str | Path) -> dict[str, Path]:
     """The file that each weight of a checkpoint is in."""
     files = {}
     for file in weight_files(folder):
-        with safe_open(file, framework="pt") as weights:
+        with _open(file) as weights:
             files.update(dict.fromkeys(weights.keys(), file))
     return files
 
 
 def _stored_shape(file: Path, name: str) -> tuple[int, ...]:
-    with safe_open(file, framework="pt") as weights:
+    with _open(file) as weights:
         return tuple(weights.get_slice(name).get_shape())
 
 
@@ -172,7 +204,7 @@ def _read_or_allocate(
     if files is None:
         return torch.empty(empty.shape, dtype=empty.dtype)
     name = next(name for name in names if name in files)
-    with safe_open(files[name], framework="pt") as weights:
+    with _open(files[name]) as weights:
         return weights.get_tensor(name).to(empty.dtype)
 
 
@@ -192,13 +224,17 @@ def check_safetensors(folder: str | Path) -> None:
         ValueError: the index or a shard is corrupt.
     """
     for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is corrupt or truncated ({error}); download it again"
-            ) from error
+        with _open(file):
+            pass
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is corrupt or truncated ({error}); download it again") from error
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -218,17 +254,55 @@ def weight_files(folder: str | Path) -> list[Path]:
                 "another format are rewritten by transformers' save_pretrained"
             )
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            shards = read_json(index)["weight_map"]
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{index} is no index of shards: {error}") from error
-        files = [folder / name for name in sorted(shards)]
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(
+                f"{index} is no index of shards: weight_map = {shown(shards)} must name the file "
+                "of each weight"
+            )
+        files = sorted({inside(folder, name, f"{index}: weight_map") for name in shards.values()})
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{index.name} names {file}, which is missing")
     return files
 
 
+def check_config(path: str | Path) -> dict[str, Any]:
+    """The fields of a config, if a model may be made of them.
+
+    Args:
+        path: a checkpoint's folder, or the config's file.
+
+    Raises:
+        ValueError: it cannot be read, is of an architecture that transformers does not have, asks
+            for a kernel from the Hub, or has more layers than there are weights.
+    """
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    fields = read_json(file)
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        code = "its own code (auto_map) is not run; " if "auto_map" in fields else ""
+        raise ValueError(
+            f"{file}: model_type = {shown(model_type)} is unknown to this transformers; {code}"
+            "convert the checkpoint to an architecture that it has, or update transformers"
+        )
+    for name in IMPLEMENTATIONS:
+        asked = fields.get(name)
+        if asked is not None and asked not in ("eager", "sdpa"):
+            raise ValueError(
+                f"{file}: {name} = {shown(asked)} may name a kernel to be downloaded and run: "
+                "remove it, hybridsp chooses the kernels"
+            )
+    layers = fields.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"{file}: num_hidden_layers = {layers} is above {MOST_LAYERS}: repair it")
+    return fields
+
+
 __all__ = [
+    "check_config",
     "check_safetensors",
     "empty_causal_lm",
     "fill_sharded",

@@ -11,14 +11,12 @@ Paths are relative to the directory the command is started in.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from glob import glob
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import (
     BeforeValidator,
     ConfigDict,
@@ -30,17 +28,24 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-# What other trainers call keys of a recipe.
-OTHER_NAMES = {
-    "lr": "learning_rate",
-    "batch_size": "micro_batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "max_length": "seq_length",
-    "max_seq_length": "seq_length",
-    "gradient_checkpointing": "activation_checkpointing",
-    "steps": "max_steps",
-    "bf16": "dtype",
-}
+from hybridsp.recipe_checks import check_files, one_line, refuse_unknown
+from hybridsp.sizes import parse_size
+from hybridsp.untrusted import MAX_YAML_BYTES, parse_yaml, read_text, shown
+
+# Boundaries of documents are int32, as the kernels take them.
+MOST = 2**31 - 1
+
+
+def _read_size(value: Any) -> Any:
+    """The number that text such as `128K` stands for; other values as they are."""
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def _size_or_other(value: Any) -> Any:
+    """As `_read_size`; what it cannot read is left to the field's own check."""
+    with suppress(ValueError):
+        return _read_size(value)
+    return value
 
 
 def _not_bool(value: Any) -> Any:
@@ -49,7 +54,8 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-Count = Annotated[StrictInt, Field(ge=1)]
+Count = Annotated[StrictInt, Field(ge=1, le=MOST)]
+Tokens = Annotated[StrictInt, BeforeValidator(_read_size), Field(ge=1, le=MOST)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -60,7 +66,7 @@ SECTION = ConfigDict(extra="forbid")
 class StageKeys:
     """One entry of `Recipe.stages`. What it leaves out is the recipe's, or the stage's before."""
 
-    seq_length: Count
+    seq_length: Tokens
     """Tokens per packed sequence in this stage."""
 
     max_steps: Count
@@ -128,9 +134,9 @@ class Recipe:
     stages: Annotated[list[StageKeys], Field(min_length=1)] | None = None
     """A curriculum of lengths: stages that follow each other in one run. None: one stage."""
 
-    seq_length: Count
-    """Tokens per packed sequence, before it is cut over the sequence-parallel ranks. With `stages`
-    it is their longest, and may be left out."""
+    seq_length: Tokens
+    """Tokens per packed sequence, before it is cut over the sequence-parallel ranks: 131072, or
+    128K. With `stages` it is their longest, and may be left out."""
 
     micro_batch_size: Count = 1
     """Sequences per data-parallel rank in one forward pass."""
@@ -145,7 +151,7 @@ class Recipe:
     learning_rate: Positive
     """Peak learning rate of AdamW."""
 
-    warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
+    warmup_steps: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -157,7 +163,7 @@ class Recipe:
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment, per optimizer step."""
 
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of the data and of every random generator."""
 
     ring: Count = 1
@@ -187,7 +193,7 @@ class Recipe:
     offload_activations: StrictBool = False
     """Keep in the host's memory what activation checkpointing keeps of each layer."""
 
-    tiled_mlp: Count | None = None
+    tiled_mlp: Tokens | None = None
     """Tokens that go through a layer's MLP at once. None: all of a rank's."""
 
     self_check: StrictBool = True
@@ -202,8 +208,19 @@ class Recipe:
     keep_checkpoints: Count = 2
     """Number of newest checkpoints to keep."""
 
+    async_save: StrictBool = False
+    """Copy checkpoints to the host's memory and write them while training goes on."""
+
     log_every: Count = 1
     """Optimizer steps between rows in the metrics files."""
+
+    max_bad_steps: Count = 10
+    """Optimizer steps in a row whose loss or gradient is not finite, which are left out, after
+    which the run ends; the batch of each is kept in `output_dir/bad_steps`."""
+
+    hang_timeout: Positive = 900.0
+    """Seconds without a layer begun, in training, after which the job ends with a report of where
+    each rank stands."""
 
     resume: str = "auto"
     """`auto`: from the latest checkpoint in `output_dir` if there is one. `never`: from `model`;
@@ -224,12 +241,12 @@ class Recipe:
         if not (isinstance(stages, list) and all(isinstance(one, Mapping) for one in stages)):
             return arguments
         for name, combine in (("seq_length", max), ("max_steps", sum)):
-            values = [one.get(name) for one in stages]
+            values = [_size_or_other(one.get(name)) for one in stages]
             if values and all(type(value) is int for value in values):
                 follows = combine(values)
                 if settings.get(name) is None:
                     settings[name] = follows
-                elif settings[name] != follows:
+                elif _size_or_other(settings[name]) != follows:
                     raise ValueError(
                         f"{name} = {settings[name]!r}, but stages make it {follows}: leave it out, "
                         f"or on the command line write {name}=null"
@@ -240,9 +257,14 @@ class Recipe:
         if self.warmup_steps >= self.max_steps:
             remedy = f"must be less than max_steps = {self.max_steps}"
             raise ValueError(f"warmup_steps = {self.warmup_steps} {remedy}")
+        if self.stages and self.seed + len(self.stages) > 2**32:
+            remedy = f"must leave room for the seeds of {len(self.stages)} stages below 2**32"
+            raise ValueError(f"seed = {self.seed} {remedy}")
         if self.offload_activations and not self.activation_checkpointing:
             remedy = "set it to true, or drop this"
             raise ValueError(f"offload_activations needs activation_checkpointing: {remedy}")
+        if self.async_save and self.save_every is None:
+            raise ValueError("async_save needs save_every: set it, or drop this")
         for name in ("eval_every", "eval_sequences"):
             if getattr(self, name) and not self.eval_data:
                 raise ValueError(
@@ -258,22 +280,10 @@ class Recipe:
         """Check that the files the recipe names are there.
 
         Raises:
-            ValueError: a file is missing; the message names the key, the path and the remedy.
+            ValueError: a file is missing, or `output_dir` cannot be written or is where the model
+                is; the message names the key, the path and the remedy.
         """
-        if not (Path(self.model) / "config.json").is_file():
-            remedy = "download the checkpoint first (hf download NAME --local-dir DIRECTORY)"
-            raise ValueError(f"model = {self.model!r} holds no config.json: {remedy}")
-        for name in ("data", "eval_data"):
-            pattern = getattr(self, name)
-            if pattern is not None and not glob(pattern, recursive=True):
-                raise ValueError(f"{name} = {pattern!r} matches no file from {Path.cwd()}")
-        record = Path(self.output_dir) / "metrics.jsonl"
-        if self.resume == "never" and record.exists():
-            remedy = "choose another output_dir, or write auto"
-            raise ValueError(f"resume = 'never', but {record} is there from another run: {remedy}")
-        if self.resume not in ("auto", "never") and not Path(self.resume).is_dir():
-            remedy = "write auto, never, or the directory of a checkpoint"
-            raise ValueError(f"resume = {self.resume!r} is no directory: {remedy}")
+        check_files(self)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -290,12 +300,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: the file is missing or no YAML mapping, a key is unknown or missing, a value is
             of the wrong type or out of range, or a file that the recipe names is missing.
     """
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from None
+    settings = parse_yaml(read_text(path, MAX_YAML_BYTES, "the recipe "), str(path))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a mapping of recipe keys to values, as `model: PATH`")
     known = [field.name for field in dataclasses.fields(Recipe)]
@@ -303,24 +308,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"override {override!r} must have the form key=value")
+            raise ValueError(f"override {shown(override)} must have the form key=value")
         refuse_unknown([key], known, "command line: unknown key")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            message = f"override {override!r} is no valid YAML: {one_line(error)}"
-            raise ValueError(message) from None
+        settings[key] = parse_yaml(value, f"override {shown(override)}")
     try:
         recipe = Recipe(**settings)
         recipe.check_files()
     except ValidationError as error:
-        raise ValueError(f"{path}: {_describe(error)}") from None
+        raise ValueError(f"{path}: {describe(error)}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return recipe
 
 
-def _describe(error: ValidationError) -> str:
+def describe(error: ValidationError) -> str:
     """All that pydantic found wrong with a recipe, on one line."""
     lines = []
     for item in error.errors():
@@ -333,24 +334,16 @@ def _describe(error: ValidationError) -> str:
             known = ", ".join(field.name for field in dataclasses.fields(section))
             lines.append(f"{name} is unknown; known: {known}")
         else:  # an error of __post_init__ has no location, and names its field itself
-            lines.append(f"{name} = {item['input']!r}: {message}" if name else message)
+            lines.append(f"{name} = {shown(item['input'])}: {message}" if name else message)
     return "; ".join(lines)
 
 
-def refuse_unknown(keys: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise ValueError for the first key that is not known, with the nearest one that is."""
-    known = sorted(known)
-    for key in keys:
-        if key not in known:
-            alias = [name for name in [OTHER_NAMES.get(str(key))] if name in known]
-            near = alias or difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{what} {key!r}; {hint}")
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, its line breaks removed."""
-    return " ".join(str(error).split())
-
-
-__all__ = ["LoraKeys", "Recipe", "StageKeys", "load_recipe"]
+__all__ = [
+    "LoraKeys",
+    "Recipe",
+    "StageKeys",
+    "describe",
+    "load_recipe",
+    "one_line",
+    "refuse_unknown",
+]

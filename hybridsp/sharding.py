@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.cross_entropy import IGNORED_LABEL
-from hybridsp.ops.interfaces import require_one_packed_row
+from hybridsp.ops.interfaces import is_integer, require_one_packed_row
 
 KEYS = ("input_ids", "labels", "cu_seqlens")
 
@@ -47,7 +47,8 @@ def shard_batch(batch: Mapping[str, Tensor], mesh: SPMesh) -> dict[str, Tensor |
     """
     batch = {key: value for key, value in batch.items() if value is not None}
     _check(batch)
-    tokens, labels = batch["input_ids"], batch.get("labels", batch["input_ids"])
+    tokens = batch["input_ids"].long()
+    labels = batch.get("labels", tokens).long()
     cu_seqlens = batch.get("cu_seqlens")
     packed: dict[str, Tensor | int] = {}
     if cu_seqlens is None:
@@ -112,16 +113,24 @@ def _check(batch: Mapping[str, Tensor]) -> None:
             f"batch has {unknown}, which shard_batch does not know; give {list(KEYS)} (packed "
             "documents as cu_seqlens; padding by labels of -100 at the end, not by a mask)"
         )
+    for key, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"batch[{key!r}] is a {type(value).__name__}: give a tensor")
     tokens = batch.get("input_ids")
-    if tokens is None or tokens.dim() != 2 or tokens.shape[1] == 0:
+    if tokens is None or tokens.dim() != 2 or tokens.numel() == 0:
         shape = None if tokens is None else tuple(tokens.shape)
-        raise ValueError(f"batch['input_ids'] has shape {shape}; give int64 [B, T] with T >= 1")
+        raise ValueError(
+            f"batch['input_ids'] has shape {shape}; give int64 [B, T] with B and T >= 1"
+        )
     labels = batch.get("labels")
     if labels is not None and labels.shape != tokens.shape:
         raise ValueError(
             f"batch['labels'] has shape {tuple(labels.shape)}, input_ids {tuple(tokens.shape)}: "
             "give one label per token, -100 where nothing is to be learnt"
         )
+    for key, value in batch.items():
+        if not is_integer(value):
+            raise ValueError(f"batch[{key!r}] is of {value.dtype}: give int64 or int32")
 
 
 def _check_boundaries(cu_seqlens: Tensor, tokens: Tensor) -> None:

@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import strict
+from fuzzing import register_profiles
+
+register_profiles()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -67,6 +67,22 @@ def test_stages_decide_length_and_steps(recipe_file):
     assert (given.lora.r, given.lora.alpha, given.max_steps) == (16, 8.0, 7)
 
 
+def test_sizes_are_written_as_on_the_command_line(recipe_file):
+    recipe = load_recipe(recipe_file(seq_length="128K"), ["tiled_mlp=8k"])
+    assert (recipe.seq_length, recipe.tiled_mlp) == (131072, 8192)
+    stages = [{"seq_length": "1K", "max_steps": 3}, {"seq_length": "2K", "max_steps": 4}]
+    follows = load_recipe(recipe_file(stages=stages, seq_length=None, max_steps=None))
+    assert (follows.seq_length, follows.max_steps) == (2048, 7)
+    assert load_recipe(recipe_file(stages=stages, seq_length="2K", max_steps=7)) == follows
+
+
+def test_an_access_key_is_no_setting(recipe_file):
+    made = make(deepspeed={"comet": {"enabled": True, "api_key": "hunter2"}})
+    with pytest.raises(ValueError, match=r"comet\.api_key would be printed .*COMET_API_KEY") as e:
+        deepspeed_config(made, CPU)
+    assert "hunter2" not in str(e.value)
+
+
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003"])
 def test_every_way_to_write_a_number_is_a_number(recipe_file, text):
     # YAML 1.1 reads 3e-4 as text.
@@ -79,6 +95,23 @@ def test_every_way_to_write_a_number_is_a_number(recipe_file, text):
         ({"lerning_rate": 1.0}, r"recipe.yaml: unknown key 'lerning_rate'; .*'learning_rate'\?"),
         ({"lr": 1.0}, r"unknown key 'lr'; did you mean 'learning_rate'\?"),
         ({"batch_size": 1}, r"unknown key 'batch_size'; did you mean 'micro_batch_size'\?"),
+        ({"sequence_parallel_size": 4}, r"'sequence_parallel_size'; did you mean 'ring' and 'uly"),
+        ({"train_batch_size": 8}, r"did you mean 'micro_batch_size' and 'gradient_accumulation"),
+        ({"seq_length": "128X"}, "seq_length = '128X': '128X' is no size: write a positive whole"),
+        ({"seq_length": "2G"}, "seq_length = '2G': .*less than or equal to 2147483647"),
+        ({"max_steps": "1K"}, "max_steps = '1K': .*valid integer"),
+        ({"seed": 2**32}, "seed = 4294967296: .*less than 4294967296"),
+        ({"output_dir": "data/train.jsonl"}, "output_dir = .*train.jsonl is a file: choose"),
+        (
+            {"output_dir": ".", "model": "./model"},
+            "output_dir = '.' would write model over the mod",
+        ),
+        ({"output_dir": "a" * 300}, "output_dir = 'a+.* is no path: File name too long"),
+        ({"data": "x\0y"}, r"data = 'x\\x00y' is no path: write one"),
+        (
+            {"model": "https://me:hunter2@host/x"},
+            r"model = 'https://\*\*\*@host/x' holds no config",
+        ),
         ({"xyzzy": 1}, r"unknown key 'xyzzy'; known: .*ulysses"),
         ({"seq_length": None, "data": None}, "data is missing; seq_length is missing"),
         ({"seq_length": 0}, "seq_length = 0: .* greater than or equal to 1"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from transformers.utils.generic import GeneralInterface
 
@@ -83,8 +84,16 @@ def require_one_packed_row(x: Tensor, cu_seqlens: Tensor, total: int | None = No
         total: tokens of the whole sequence, if `x` holds only a part of it.
 
     Raises:
-        ValueError: the batch has several rows, or the boundaries do not rise from 0 to `total`.
+        ValueError: the batch has several rows, the boundaries are no integers in one dimension, or
+            they do not rise from 0 to `total`.
     """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or not is_integer(cu_seqlens):
+        what = type(cu_seqlens).__name__
+        if isinstance(cu_seqlens, Tensor):
+            what = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(
+            f"cu_seqlens is a {what}: give the boundaries as an int32 tensor [documents + 1]"
+        )
     total = x.shape[1] if total is None else total
     if x.shape[0] != 1:
         raise ValueError(
@@ -101,6 +110,11 @@ def require_one_packed_row(x: Tensor, cu_seqlens: Tensor, total: int | None = No
         )
 
 
+def is_integer(x: Tensor) -> bool:
+    """Whether a tensor holds whole numbers of 32 or 64 bits."""
+    return x.dtype in (torch.int32, torch.int64)
+
+
 LINEAR_ATTENTION_FUNCTIONS = LinearAttentionInterface()
 LINEAR_ATTENTION_FUNCTIONS.register("local", local_linear_attention)
 
@@ -112,6 +126,7 @@ __all__ = [
     "SHORT_CONVOLUTION_FUNCTIONS",
     "LinearAttentionInterface",
     "ShortConvolutionInterface",
+    "is_integer",
     "local_linear_attention",
     "local_short_convolution",
     "require_one_packed_row",
