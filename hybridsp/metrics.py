@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,11 @@ class RunLogger:
             return
         self._bar.write(f"step {step}: eval loss {eval_loss:.4f}", file=sys.stderr)
         self._write({"step": step, "eval_loss": eval_loss})
+
+    def log_values(self, step: int, values: Mapping[str, float]) -> None:
+        """Record other numbers that belong to `step`, by their names."""
+        if self.is_main:
+            self._write({"step": step, **values})
 
     def advance(self) -> None:
         """Move the progress bar by one optimizer step, logged or not."""
