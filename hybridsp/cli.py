@@ -3,6 +3,7 @@
     hybridsp convert SRC DST --softmax-layers 0.25
     hybridsp plan MODEL --gpus 8 --gpu h100-80 --seq 1M
     hybridsp bench linear --tokens-per-rank 32K
+    hybridsp eval --model dense,hybrid --text heldout.jsonl
     hybridsp doctor
 
 A subcommand is one function that adds its parser and one that runs it; list the first in
@@ -35,60 +36,16 @@ BENCHES = {
 
 def add_convert(subcommands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
     """`hybridsp convert`: a softmax checkpoint into a hybrid one."""
-    parser = subcommands.add_parser(
+    subcommands.add_parser(
         "convert",
         parents=[common],
         allow_abbrev=False,
         help="turn a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a hybrid one",
         description="Turn a Llama, Mistral, Qwen2 or Qwen3 checkpoint into a HybridGLA one: most "
         "layers become gated linear attention and reuse the weights of softmax attention. "
-        "The result has to be trained.",
-    )
-    parser.add_argument(
-        "src",
-        metavar="SRC",
-        help="folder with config.json and safetensors, or a GGUF file",
-    )
-    parser.add_argument("dst", metavar="DST", help="folder to write")
-    parser.add_argument(
-        "--softmax-layers",
-        default="0.25",
-        metavar="WHICH",
-        help="layers that keep softmax attention: a share, evenly spread (0.25), "
-        "indices (3,7,11) or a spacing (every:4); default %(default)s",
-    )
-    parser.add_argument(
-        "--linear-decay",
-        choices=("vector", "scalar", "fixed"),
-        default="vector",
-        help="how linear layers forget: a gate per channel, a gate per head, or a constant per "
-        "head; default %(default)s",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "auto"),
-        default="auto",
-        help="of the weights written; auto is the source's (float32 for GGUF)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the new weights; default %(default)s"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at DST")
-    parser.set_defaults(run=run_convert)
-
-
-def run_convert(args: argparse.Namespace) -> None:
-    """Run `hybridsp convert`."""
-    from hybridsp.convert import convert
-
-    convert(
-        args.src,
-        args.dst,
-        softmax_layers=args.softmax_layers,
-        linear_decay=args.linear_decay,
-        dtype=args.dtype,
-        seed=args.seed,
-        overwrite=args.overwrite,
+        "The result has to be trained. A GLA checkpoint of flash-linear-attention is read as it "
+        "is, and --to fla writes one.",
+        module="hybridsp.cli_convert",
     )
 
 
@@ -103,7 +60,7 @@ def add_bench(subcommands: argparse._SubParsersAction, common: argparse.Argument
         "`deepspeed --module hybridsp.cli bench all-scan`.",
     )
     benches = parser.add_subparsers(
-        dest="bench", required=True, metavar="NAME", parser_class=BenchParser
+        dest="bench", required=True, metavar="NAME", parser_class=ModuleParser
     )
     for name, (module, what) in BENCHES.items():
         benches.add_parser(
@@ -116,12 +73,16 @@ def add_bench(subcommands: argparse._SubParsersAction, common: argparse.Argument
         )
 
 
-class BenchParser(argparse.ArgumentParser):
-    """Takes its options from its module when it is first asked to parse; speaks for all ranks."""
+class ModuleParser(argparse.ArgumentParser):
+    """Takes its options from its module, if it has one, when it is first asked to parse.
 
-    def __init__(self, *args: Any, module: str, **kwargs: Any) -> None:
+    Such a command is run by many ranks, and one of them says what is wrong with its options.
+    """
+
+    def __init__(self, *args: Any, module: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._module: str | None = module
+        self._module = module
+        self._has_ranks = module is not None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As of every parser, once the module's options are there."""
@@ -134,6 +95,8 @@ class BenchParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say on rank 0, in one line, what is wrong with the options; exit code 2 on all."""
+        if not self._has_ranks:
+            super().error(message)
         from hybridsp.launch import rank_from_environment
 
         told = f"{self.prog}: error: {message} (--help lists the options)\n"
@@ -277,7 +240,22 @@ def run_doctor(args: argparse.Namespace) -> None:
     run(args)
 
 
-SUBCOMMANDS = (add_convert, add_plan, add_doctor, add_bench)
+def add_eval(subcommands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    """`hybridsp eval`: what checkpoints make of held-out text and of long contexts."""
+    subcommands.add_parser(
+        "eval",
+        parents=[common],
+        allow_abbrev=False,
+        help="held-out loss, loss by context, needles and agreement with a teacher",
+        description="Evaluate checkpoints on held-out text: mean loss and agreement with a "
+        "teacher, loss by position and by context, numbers hidden in long text. One sequence is "
+        "cut over all ranks: start it with torchrun or deepspeed for lengths that one GPU cannot "
+        "hold, as in `torchrun --nproc-per-node 8 -m hybridsp.cli eval ...`.",
+        module="hybridsp.evaluate.command",
+    )
+
+
+SUBCOMMANDS = (add_convert, add_plan, add_eval, add_doctor, add_bench)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -288,7 +266,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # `deepspeed` gives it to every script; what it says is in the environment as well.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=ModuleParser
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", help="show where an error comes from")
     for add in SUBCOMMANDS:

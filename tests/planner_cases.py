@@ -44,6 +44,7 @@ HYBRIDS = {
     ),
     "vector": tiny_config(hidden_size=72, head_dim=8, linear_value_head_dim=16),
     "scalar": tiny_config(linear_decay="scalar", linear_conv_kernel_dim=0),
+    "key": tiny_config(linear_decay="key", linear_feature_map="softmax"),
     "fixed": tiny_config(linear_decay="fixed", linear_output_gate=False, linear_output_norm=False),
 }
 

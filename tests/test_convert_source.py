@@ -216,7 +216,7 @@ BROKEN = {
     "no fields": (
         lambda source: (source / "config.json").write_text("[]"),
         ValueError,
-        "config.json holds a list",
+        r"config.json must hold a JSON object, not \[\]",
     ),
     "impossible config": (
         lambda source: edit_config(source, num_attention_heads=0),

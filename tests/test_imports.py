@@ -20,14 +20,15 @@ PACKAGES = {
 # The parts of hybridsp from the bottom up: a module imports from its own row and from the rows
 # above it here, never from one further down. A new module has to be placed.
 LAYERS = [
-    "mesh layout launch files ds_configs",
+    "mesh layout launch files sizes untrusted host_memory ds_configs",
     "ops collectives",
     "attention loss memory",
     "models",
-    "parallelize adapters engine sharding data convert checkpoint recipe deepspeed_config "
-    "pretrained prepare metrics curriculum lora planner self_check trainer",
+    "parallelize adapters engine sharding data documents convert checkpoint recipe recipe_checks "
+    "deepspeed_config faults pretrained prepare metrics curriculum lora planner self_check trainer "
+    "distill release",
     "hybridsp",  # the public surface, hybridsp/__init__.py
-    "cli bench doctor train",
+    "cli cli_convert bench doctor evaluate train",
 ]
 # One device's mathematics and the transport between devices do not know each other.
 STRANGERS = [("ops", "collectives"), ("collectives", "ops")]

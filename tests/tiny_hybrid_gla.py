@@ -29,6 +29,9 @@ VARIANTS = {
     "scalar_conv": {"linear_decay": "scalar", "linear_conv_kernel_dim": 3, "linear_qk_norm": True},
     "fixed": {"linear_decay": "fixed", "linear_output_gate": False, "qk_norm": True},
     "fixed_conv": {"linear_decay": "fixed", "linear_conv_kernel_dim": 1},
+    "key": {"linear_decay": "key", "linear_feature_map": "softmax", "linear_rope": True},
+    "elu": {"linear_feature_map": "elu", "linear_output_gate_act": "sigmoid"},
+    "relu": {"linear_feature_map": "relu", "linear_gate_clamp_min": -0.04, "linear_qk_norm": True},
     "only_linear": {"layer_types": ["linear_attention"] * 4, "linear_output_norm": False},
     "only_softmax": {"layer_types": ["full_attention"] * 4, "attention_output_bias": True},
 }

@@ -24,7 +24,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -59,24 +59,45 @@ COMMON_FIELDS = (
 # magnitude in SmolLM2-135M, in all layers but the first two.
 OUTPUT_OVER_VALUES = 0.25
 
+# Gates start alike in all channels, at 0.958 a token, which is sigmoid(0)^(1 / 16) as GLA's are
+# (arXiv:2312.06635, section 4.4).
+GATE_MEMORY = [23.08, 23.08]
+
+
+class HybridOptions(TypedDict, total=False):
+    """Fields of `HybridGLAConfig` that a conversion may choose; the rest follow from the source."""
+
+    linear_decay: str
+    linear_memory_range: list[float]
+    linear_gate_low_rank_dim: int
+    linear_gate_logit_normalizer: float
+    linear_feature_map: str
+    linear_qk_norm: bool
+    linear_rope: bool
+    linear_num_key_value_heads: int
+    linear_output_gate: bool
+    linear_output_gate_act: str
+    linear_output_norm: bool
+    softmax_rope: bool
+
 
 def convert_model(
     model: PreTrainedModel,
     softmax_layers: SoftmaxLayers = 0.25,
     *,
-    linear_decay: str = "vector",
     seed: int = 0,
     share_weights: bool = False,
+    **options: Unpack[HybridOptions],
 ) -> HybridGLAForCausalLM:
     """Build the hybrid of a causal language model in memory.
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 `...ForCausalLM`; left as it is.
         softmax_layers: which layers stay softmax; see `choose_softmax_layers`.
-        linear_decay: "vector" (a gate per key channel), "scalar" (per head) or "fixed" (RetNet).
         seed: of the new weights; the global random state is left alone.
         share_weights: the hybrid uses the source's tensors instead of copies, to save memory
             where the source is not needed any more.
+        options: how linear and softmax layers compute, see `HybridOptions`.
 
     Returns:
         The hybrid in evaluation mode, in the source's dtype, device and attention implementation.
@@ -84,7 +105,7 @@ def convert_model(
     Raises:
         ValueError: an architecture, a layer choice or an option that is not supported.
     """
-    config = hybrid_config(model.config, softmax_layers, linear_decay=linear_decay)
+    config = hybrid_config(model.config, softmax_layers, **options)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # transformers leaves them untied where a checkpoint contradicts its config.
     config.tie_word_embeddings = head.weight is embedding.weight
@@ -110,13 +131,26 @@ def convert_model(
 
 
 def hybrid_config(
-    source: PretrainedConfig, softmax_layers: SoftmaxLayers, *, linear_decay: str = "vector"
+    source: PretrainedConfig,
+    softmax_layers: SoftmaxLayers = 0.25,
+    **options: Unpack[HybridOptions],
 ) -> HybridGLAConfig:
     """The config of the hybrid; see `convert_model` for arguments and errors."""
     family = family_fields(source)
     refuse_sliding_window(source)
+    check_options(source, options)
     kept = choose_softmax_layers(softmax_layers, source.num_hidden_layers)
     head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    linear: HybridOptions = {
+        "linear_decay": "vector",
+        "linear_rope": True,
+        "linear_qk_norm": family["qk_norm"],
+        "linear_output_norm": True,
+        "linear_output_gate": False,
+        "linear_num_key_value_heads": source.num_key_value_heads,
+    }
+    if options.get("linear_decay") != "fixed":
+        linear["linear_memory_range"] = GATE_MEMORY
     return HybridGLAConfig(
         **{name: getattr(source, name) for name in COMMON_FIELDS},
         **family,
@@ -128,15 +162,27 @@ def hybrid_config(
             for i in range(source.num_hidden_layers)
         ],
         linear_num_heads=source.num_attention_heads,
-        linear_num_key_value_heads=source.num_key_value_heads,
         linear_key_head_dim=head_dim,
         linear_value_head_dim=head_dim,
-        linear_decay=linear_decay,
-        linear_rope=True,
-        linear_qk_norm=family["qk_norm"],
-        linear_output_norm=True,
-        linear_output_gate=False,
+        **(linear | options),
     )
+
+
+def check_options(source: PretrainedConfig, options: HybridOptions) -> None:
+    """Refuse options that a conversion has not, and heads that cannot be had by cloning."""
+    for name in options:
+        if name not in HybridOptions.__annotations__:
+            raise ValueError(
+                f"{name} is no option of a conversion; use some of "
+                f"{', '.join(HybridOptions.__annotations__)}"
+            )
+    kept, all_heads = source.num_key_value_heads, source.num_attention_heads
+    heads = options.get("linear_num_key_value_heads", kept)
+    if heads not in (kept, all_heads):
+        raise ValueError(
+            f"linear_num_key_value_heads = {heads} is neither the source's {kept} nor its "
+            f"{all_heads} query heads, for which KV heads are cloned; use one of the two"
+        )
 
 
 def family_fields(source: PretrainedConfig) -> dict[str, bool]:
@@ -179,25 +225,38 @@ def refuse_sliding_window(source: PretrainedConfig) -> None:
 
 
 def reused_weights(model: PreTrainedModel, config: HybridGLAConfig) -> dict[str, Tensor]:
-    """The source's weights under the hybrid's names; tied embeddings appear once."""
+    """The source's weights under the hybrid's names; tied embeddings appear once.
 
-    def rename(match: re.Match) -> str:
-        linear = config.layer_types[int(match[1])] == "linear_attention"
-        return f"model.layers.{match[1]}.{'linear_attn' if linear else 'self_attn'}."
+    Linear layers that have a KV head per query head get clones: query head i reads source head
+    i // group, as `repeat_kv` does. Norms of q and k that the hybrid has not are left out.
+    """
+    reused = {}
+    for name, weight in model.named_parameters():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(.+)", name)
+        if match and config.layer_types[int(match[1])] == "linear_attention":
+            if "_norm." in match[2] and not config.linear_qk_norm:
+                continue
+            name = f"model.layers.{match[1]}.linear_attn.{match[2]}"
+            if match[2].startswith(("k_proj.", "v_proj.")):
+                weight = clone_heads(weight, model.config.num_key_value_heads, config)
+        reused[name] = weight.detach()
+    return reused
 
-    return {
-        re.sub(r"^model\.layers\.(\d+)\.self_attn\.", rename, name): weight.detach()
-        for name, weight in model.named_parameters()
-    }
+
+def clone_heads(weight: Tensor, num_heads: int, config: HybridGLAConfig) -> Tensor:
+    """Weight or bias of k or v, [Hkv * K, ...], with each head repeated for its query heads."""
+    clones = config.linear_num_key_value_heads // num_heads
+    if clones == 1:
+        return weight
+    return weight.unflatten(0, (num_heads, -1)).repeat_interleave(clones, dim=0).flatten(0, 1)
 
 
 @torch.no_grad()
 def initialise_new_weights(hybrid: HybridGLAForCausalLM) -> None:
     """Set what the source cannot give to values from which training recovers fast.
 
-    Gates start alike in all channels, at sigmoid(0)^(1 / 16) = 0.958 a token, as GLA's do
-    (arXiv:2312.06635, section 4.4). Longer memories recovered more slowly, those spread over 2^5
-    to 2^12 tokens, with which a model trained from scratch starts, among them.
+    Gates start as `linear_memory_range` says, see `GATE_MEMORY`. A sigmoid output gate starts at
+    one half everywhere, which the output norm makes up for.
 
     Linear attention adds values where softmax attention averages them, so its output grows with
     the sequence. The output norm takes that away, and its weight is set to `OUTPUT_OVER_VALUES`
@@ -205,17 +264,21 @@ def initialise_new_weights(hybrid: HybridGLAForCausalLM) -> None:
     The layer's input x leaves an RMSNorm of weight w, so E[x_j^2] = w_j^2, and with inputs taken
     as uncorrelated E[v_i^2] = sum_j (W_v[i, j] w_j)^2 + b_i^2.
     """
+    config = hybrid.config
+    sigmoid_gate = config.linear_output_gate and config.linear_output_gate_act == "sigmoid"
     for layer in hybrid.model.layers:
         if layer.layer_type != "linear_attention":
             continue
         mixer = layer.linear_attn
-        if hybrid.config.linear_decay != "fixed":
-            mixer.decay_up.bias.zero_()
-        energy = (mixer.v_proj.weight.float() * layer.input_layernorm.weight.float()).square()
-        energy = energy.sum(dim=1)
-        if mixer.v_proj.bias is not None:
-            energy += mixer.v_proj.bias.float().square()
-        mixer.output_norm.weight.fill_(OUTPUT_OVER_VALUES * energy.mean().sqrt())
+        if sigmoid_gate:
+            mixer.output_gate.weight.zero_()
+        if config.linear_output_norm:
+            energy = (mixer.v_proj.weight.float() * layer.input_layernorm.weight.float()).square()
+            energy = energy.sum(dim=1)
+            if mixer.v_proj.bias is not None:
+                energy += mixer.v_proj.bias.float().square()
+            scale = OUTPUT_OVER_VALUES * (2 if sigmoid_gate else 1)
+            mixer.output_norm.weight.fill_(scale * energy.mean().sqrt())
 
 
 @contextmanager

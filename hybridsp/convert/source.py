@@ -8,7 +8,6 @@ raised before anything is written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from transformers import (
 )
 
 from hybridsp.convert.mapping import SUPPORTED_MODEL_TYPES
-from hybridsp.pretrained import check_safetensors, load_causal_lm
+from hybridsp.pretrained import NO_CODE, check_safetensors, load_causal_lm
+from hybridsp.untrusted import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -62,7 +62,7 @@ class Source:
             _check_config_file(self.folder / "config.json")
             check_safetensors(self.folder)
         with _blame(self.path, "config"):
-            config = AutoConfig.from_pretrained(**self._location)
+            config = AutoConfig.from_pretrained(**self._location, **NO_CODE)
         if self.gguf_file:
             _check_gguf_used_up(self.path, num_tensors, config)
         return config
@@ -76,7 +76,7 @@ class Source:
         if not self.gguf_file and not any((self.folder / n).exists() for n in TOKENIZER_FILES):
             return None
         with _blame(self.path, "tokenizer"):
-            return AutoTokenizer.from_pretrained(**self._location)
+            return AutoTokenizer.from_pretrained(**self._location, **NO_CODE)
 
     def load_model(
         self, config: PretrainedConfig, dtype: torch.dtype | str = "auto"
@@ -133,6 +133,24 @@ def find_source(src: str | Path) -> Source:
     return Source(path, gguf_files[0])
 
 
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, path: Path
+) -> None:
+    """Refuse a tokenizer of another model: its tokens have no row in the embedding.
+
+    Raises:
+        ValueError: it has tokens from `config.vocab_size` on.
+    """
+    if tokenizer is None or not len(tokenizer):
+        return
+    last = max(tokenizer.get_vocab().values())
+    if last >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {path} has tokens up to {last}, and the model's vocab_size is "
+            f"{config.vocab_size}: it belongs to another model; copy this model's tokenizer there"
+        )
+
+
 def _check_model_type(model_type: Any, path: Path) -> None:
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
@@ -142,18 +160,13 @@ def _check_model_type(model_type: Any, path: Path) -> None:
 
 
 def _check_config_file(path: Path) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{path} holds a {type(config).__name__} instead of the fields of a config"
-        )
+    config = read_json(path)
     _check_model_type(config.get("model_type"), path)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
-            method = config[key].get("quant_method", "unknown")
+            method = "unknown"
+            if isinstance(config[key], dict):
+                method = config[key].get("quant_method", method)
             raise ValueError(
                 f"{path}: {key} says the weights are quantised ({method}); convert the "
                 "unquantised checkpoint, or a GGUF file"

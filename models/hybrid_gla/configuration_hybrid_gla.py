@@ -22,7 +22,9 @@ else:
     OptionalDict, OptionalInt, OptionalList = dict | None, int | None, list[str] | None
 
 LAYER_TYPES = ("linear_attention", "full_attention")
-DECAYS = ("vector", "scalar", "fixed")
+DECAYS = ("vector", "scalar", "key", "fixed")
+FEATURE_MAPS = ("none", "relu", "elu", "softmax")
+OUTPUT_GATES = ("silu", "sigmoid")
 FULL_ATTENTION_INTERVAL = 4
 
 # What Hugging Face libraries keep in config.json without a field of `PreTrainedConfig` for it.
@@ -55,12 +57,21 @@ class HybridGLAConfig(PreTrainedConfig):
         linear_key_head_dim, linear_value_head_dim: rows and columns of a head's state; None for
             hidden_size * expand_k (or expand_v) / linear_num_heads.
         expand_k, expand_v: key and value width over hidden_size; None for 0.5 and 1.0.
-        linear_decay: "vector" (a gate per key channel, GLA), "scalar" (a gate per head) or "fixed"
-            (a constant per head, RetNet, arXiv:2307.08621).
+        linear_decay: "vector" (a gate per key channel, GLA), "scalar" (a gate per head), "key" (a
+            gate per key channel, the key itself being its logit, so without weights of its own;
+            Liger, arXiv:2503.01496) or "fixed" (a constant per head, RetNet, arXiv:2307.08621).
         linear_gate_low_rank_dim: rank of the projection to the gates (vector and scalar).
         linear_gate_logit_normalizer: divides the log of the gates, so a larger one forgets more
-            slowly (vector and scalar).
-        linear_output_gate: multiply the output by silu of a projection of the layer's input.
+            slowly (all but fixed).
+        linear_gate_clamp_min: least value of the log of the gates, or None (all but fixed).
+        linear_memory_range: shortest and longest memory in tokens, spread evenly in log over the
+            heads, or over the channels of a head with a gate per channel. Fixed decays have it;
+            vector and scalar gates start with it.
+        linear_feature_map: what q and k pass behind q/k norm and in front of RoPE: "none", "relu",
+            "elu" (elu + 1, arXiv:2006.16236) or "softmax" (over the head, Liger).
+        linear_output_gate: multiply the output by an activation of a projection of the layer's
+            input.
+        linear_output_gate_act: that activation, "silu" or "sigmoid".
         linear_output_norm: RMSNorm over each head of the output.
         linear_conv_kernel_dim: taps of a causal convolution on q, k and v; 0 for none.
         linear_rope, linear_qk_norm: as softmax_rope and qk_norm.
@@ -108,7 +119,11 @@ class HybridGLAConfig(PreTrainedConfig):
     linear_decay: str = "vector"
     linear_gate_low_rank_dim: int = 16
     linear_gate_logit_normalizer: float | int = 16
+    linear_gate_clamp_min: float | int | None = None
+    linear_memory_range: list | tuple = (32, 4096)
+    linear_feature_map: str = "none"
     linear_output_gate: bool = True
+    linear_output_gate_act: str = "silu"
     linear_output_norm: bool = True
     linear_conv_kernel_dim: int = 0
     linear_rope: bool = False
@@ -155,6 +170,9 @@ class HybridGLAConfig(PreTrainedConfig):
         self._require_multiple("num_attention_heads", "num_key_value_heads")
         self._require_multiple("linear_num_heads", "linear_num_key_value_heads")
         self._require_one_of("linear_decay", DECAYS)
+        self._require_one_of("linear_feature_map", FEATURE_MAPS)
+        self._require_one_of("linear_output_gate_act", OUTPUT_GATES)
+        self._check_memory()
         self._require_one_of("hidden_act", ACT2FN)
         self._check_layer_types()
         self._check_rope()
@@ -216,6 +234,21 @@ class HybridGLAConfig(PreTrainedConfig):
                     f"{key} = {kwargs[key]!r} is not a field of HybridGLAConfig; "
                     f"did you mean {near!r}?"
                 )
+
+    def _check_memory(self):
+        memory = self.linear_memory_range
+        is_range = len(memory) == 2 and all(type(end) in (int, float) for end in memory)
+        if not is_range or not 1 < memory[0] <= memory[1] < float("inf"):
+            raise ValueError(
+                f"linear_memory_range = {memory} must be the shortest and the longest memory in "
+                "tokens, both above 1, such as [32, 4096]"
+            )
+        lowest = self.linear_gate_clamp_min
+        if lowest is not None and not lowest < 0:
+            raise ValueError(
+                f"linear_gate_clamp_min = {lowest} bounds the log of gates in (0, 1), so it must "
+                "be negative, or None for no bound"
+            )
 
     def _check_layer_types(self):
         for i, layer_type in enumerate(self.layer_types):

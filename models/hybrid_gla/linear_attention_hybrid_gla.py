@@ -10,6 +10,8 @@ How the recurrence and the convolution are computed is looked up in `hybridsp.op
 Shapes: B batch, L tokens, H heads, K key dim, V value dim, D hidden size, W convolution taps.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from hybridsp.ops import LINEAR_ATTENTION_FUNCTIONS, SHORT_CONVOLUTION_FUNCTIONS
 
 from .configuration_hybrid_gla import HybridGLAConfig
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "elu": lambda x: F.elu(x) + 1,
+    "softmax": lambda x: x.softmax(dim=-1),
+}
+OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": F.sigmoid}
 
 
 class HybridGLAShortConvolution(nn.Module):
@@ -45,20 +55,22 @@ class HybridGLAGates(nn.Linear):
     A class, because transformers initialises the weights of a module by the module's class.
     """
 
-    def __init__(self, rank: int, num_heads: int, gates_per_head: int, normalizer: float):
-        super().__init__(rank, num_heads * gates_per_head)
-        self.num_heads = num_heads
-        self.normalizer = normalizer
+    def __init__(self, config: HybridGLAConfig):
+        self.num_heads = config.linear_num_heads
+        gates_per_head = config.linear_key_head_dim if config.linear_decay == "vector" else 1
+        super().__init__(config.linear_gate_low_rank_dim, self.num_heads * gates_per_head)
+        self.config = config
 
     def initial_bias(self) -> Tensor:
-        """Bias with which gates remember as long as RetNet's heads.
+        """Bias with which gates remember as long as `linear_memory_range` says.
 
         Spread over the gates of each head, or over the heads where each has one gate. It solves
         logsigmoid(bias) / normalizer = -1 / memory.
         """
         gates_per_head = self.out_features // self.num_heads
         spread = gates_per_head if gates_per_head > 1 else self.num_heads
-        x = self.normalizer / memory_lengths(spread, self.bias.device)
+        memory = memory_lengths(self.config, spread, self.bias.device)
+        x = self.config.linear_gate_logit_normalizer / memory
         return (-x - torch.log1p(-torch.exp(-x))).repeat(self.out_features // spread)
 
 
@@ -67,8 +79,10 @@ class HybridGLALinearAttention(nn.Module):
 
         q, k, v = silu(conv(x W))                           convolution optional
         log a = logsigmoid(x W_down W_up + b) / normalizer   per key channel or per head, or
+        log a = logsigmoid(k) / normalizer                   the key as its own gate (Liger), or
         log a = log(1 - 1 / memory)                          a constant per head (RetNet)
-        output = o_proj(norm(attention(q, k, v, a)) * silu(x W_gate))
+        q, k = rope(feature_map(norm(q, k)))                 each of the three optional
+        output = o_proj(norm(attention(q, k, v, a)) * act(x W_gate))
 
     `implementation` names the function of `hybridsp.ops` that does the attention; "local" is one
     device.
@@ -94,12 +108,9 @@ class HybridGLALinearAttention(nn.Module):
         output_width = self.num_heads * self.value_head_dim
         self.o_proj = nn.Linear(output_width, hidden, bias=config.attention_output_bias)
 
-        if config.linear_decay != "fixed":
-            rank = config.linear_gate_low_rank_dim
-            gates = self.key_head_dim if config.linear_decay == "vector" else 1
-            normalizer = config.linear_gate_logit_normalizer
-            self.decay_down = nn.Linear(hidden, rank, bias=False)
-            self.decay_up = HybridGLAGates(rank, self.num_heads, gates, normalizer)
+        if config.linear_decay in ("vector", "scalar"):
+            self.decay_down = nn.Linear(hidden, config.linear_gate_low_rank_dim, bias=False)
+            self.decay_up = HybridGLAGates(config)
         if config.linear_conv_kernel_dim:
             taps = config.linear_conv_kernel_dim
             self.q_conv = HybridGLAShortConvolution(self.q_proj.out_features, taps)
@@ -129,11 +140,10 @@ class HybridGLALinearAttention(nn.Module):
             initial_state = past_key_values.get_recurrent_state(self.layer_idx)
 
         q, k, v = self._project(hidden_states, padding, past_key_values, cu_seq_lens_q)
-        if position_embeddings is not None:
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        g = self.log_decay(hidden_states, k)
+        q, k = self._map_features(q, k, position_embeddings)
         if self.num_key_value_groups > 1:
             k, v = (x.repeat_interleave(self.num_key_value_groups, dim=2) for x in (k, v))
-        g = self.log_decay(hidden_states)
         if padding is not None:
             g = g.masked_fill(padding[..., None], 0.0)
 
@@ -158,18 +168,51 @@ class HybridGLALinearAttention(nn.Module):
             output = self.output_norm(output)
         output = output.flatten(2)
         if self.config.linear_output_gate:
-            output = output * F.silu(self.output_gate(hidden_states))
+            activate = OUTPUT_GATES[self.config.linear_output_gate_act]
+            output = output * activate(self.output_gate(hidden_states))
         return self.o_proj(output)
 
-    def log_decay(self, hidden_states: Tensor) -> Tensor:
-        """[B, L, D] -> log a <= 0 in fp32: [B, L, H, K] (vector) or [B, L, H, 1]."""
-        if self.config.linear_decay == "fixed":
-            memory = memory_lengths(self.num_heads, hidden_states.device)
+    def log_decay(self, hidden_states: Tensor, key: Tensor | None = None) -> Tensor:
+        """Log of the decays, <= 0, in fp32.
+
+        Args:
+            hidden_states: [B, L, D].
+            key: [B, L, Hkv, K] as projected; needed where the key is the gate's logit.
+
+        Returns:
+            [B, L, H, K] where each channel has a gate (vector and key), else [B, L, H, 1].
+        """
+        config = self.config
+        if config.linear_decay == "fixed":
+            memory = memory_lengths(config, self.num_heads, hidden_states.device)
             log_decay = torch.log1p(-1 / memory)
             return log_decay[:, None].expand(*hidden_states.shape[:2], -1, -1)
-        logits = self.decay_up(self.decay_down(hidden_states)).float()
-        log_decay = F.logsigmoid(logits) / self.config.linear_gate_logit_normalizer
-        return log_decay.unflatten(-1, (self.num_heads, -1))
+        if config.linear_decay == "key":
+            assert key is not None
+            logits = key.repeat_interleave(self.num_key_value_groups, dim=2)
+        else:
+            logits = self.decay_up(self.decay_down(hidden_states))
+            logits = logits.unflatten(-1, (self.num_heads, -1))
+        log_decay = F.logsigmoid(logits.float()) / config.linear_gate_logit_normalizer
+        if config.linear_gate_clamp_min is not None:
+            log_decay = log_decay.clamp_min(config.linear_gate_clamp_min)
+        return log_decay
+
+    def _map_features(
+        self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, feature map and RoPE, in this order.
+
+        RoPE is last, so that a product of q and k depends on their distance alone whatever the
+        feature map is (RoFormer, arXiv:2104.09864, section 3.3).
+        """
+        if self.config.linear_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        feature_map = FEATURE_MAPS[self.config.linear_feature_map]
+        q, k = feature_map(q), feature_map(k)
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        return q, k
 
     def _project(
         self,
@@ -191,8 +234,6 @@ class HybridGLALinearAttention(nn.Module):
         q = q.unflatten(-1, (-1, self.key_head_dim))
         k = k.unflatten(-1, (-1, self.key_head_dim))
         v = v.unflatten(-1, (-1, self.value_head_dim))
-        if self.config.linear_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def _convolve(
@@ -217,9 +258,13 @@ class HybridGLALinearAttention(nn.Module):
         return convolved
 
 
-def memory_lengths(count: int, device: torch.device) -> Tensor:
-    """Tokens that RetNet's heads remember (arXiv:2307.08621): 2^5 ... 2^12, fp32 [count]."""
-    return torch.logspace(5, 12, count, base=2, dtype=torch.float32, device=device)
+def memory_lengths(config: HybridGLAConfig, count: int, device: torch.device) -> Tensor:
+    """Tokens that `count` heads or channels remember, fp32 [count].
+
+    The default range, 2^5 to 2^12, is RetNet's (arXiv:2307.08621).
+    """
+    shortest, longest = (math.log2(end) for end in config.linear_memory_range)
+    return torch.logspace(shortest, longest, count, base=2, dtype=torch.float32, device=device)
 
 
 __all__ = ["HybridGLAGates", "HybridGLALinearAttention", "HybridGLAShortConvolution"]
