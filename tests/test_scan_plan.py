@@ -229,6 +229,18 @@ def test_the_ranks_compare_each_kind_of_call_once():
         assert len(questions) == len(set(questions)) == 2
 
 
+def automatic(reason):
+    """What "auto" takes where symmetric memory cannot be had for a reason, or can (None)."""
+    with mock.patch.object(scan_plan, "why_not", lambda _state, _group: reason):
+        return scan_plan.plan_scan(STATE, DECAY, dist.group.WORLD, Options()).algorithm
+
+
+def test_auto_takes_symmetric_memory_where_it_can_be_had():
+    assert run_ranks(automatic, 2, None) == ["symmetric"] * 2
+    for algorithm in run_ranks(automatic, 2, "the ranks are on two hosts"):
+        assert algorithm in ("chain", "doubling", "allgather")
+
+
 def one_rank_needs_nobody():
     group = dist.group.WORLD
     agree(group, "anything")
