@@ -231,7 +231,7 @@ def test_the_ranks_compare_each_kind_of_call_once():
 
 def automatic(reason):
     """What "auto" takes where symmetric memory cannot be had for a reason, or can (None)."""
-    with mock.patch.object(scan_plan, "why_not", lambda _state, _group: reason):
+    with mock.patch.object(scan_plan, "why_not", return_value=reason):
         return scan_plan.plan_scan(STATE, DECAY, dist.group.WORLD, Options()).algorithm
 
 
