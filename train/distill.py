@@ -56,6 +56,7 @@ from hybridsp.mesh import SPMesh
 from hybridsp.prepare import load_prepared, load_tokenizer
 from hybridsp.pretrained import NO_CODE, check_config
 from hybridsp.recipe import Recipe
+from hybridsp.release import release
 from hybridsp.train import finetune
 from hybridsp.train.console import USER_ERRORS, errors_of_users, keep_quiet
 
@@ -149,7 +150,7 @@ def run_phase(
 
     if teacher is not None:
         teacher.close()
-    engine.destroy()
+    release(engine)
     return stopped
 
 
@@ -227,7 +228,8 @@ def held_out_data(
 ) -> PackedLoader | None:
     """One pass over the held-out sequences, one at a time.
 
-    Of larger micro-batches, which phases choose, some would leave out the last sequences.
+    Of larger micro-batches, which phases choose, some would leave out the last sequences. Fewer
+    than all are spread evenly over all: the first ones may lie in one long document.
     """
     if settings.eval_data is None:
         return None
@@ -236,7 +238,7 @@ def held_out_data(
         samples = pack_documents(documents, tokenizer, recipe.eval_seq_length)
         count = min(len(samples), recipe.eval_sequences or len(samples))
         return PackedLoader(
-            samples.select(range(count)),
+            samples.select([at * len(samples) // count for at in range(count)]),
             dp_rank=mesh.dp_rank,
             dp=mesh.dp,
             micro_batch_size=1,

@@ -29,6 +29,7 @@ from hybridsp.planner.kernels import model_flops
 from hybridsp.planner.model import LINEAR
 from hybridsp.planner.presets import PRESETS
 from hybridsp.planner.search import DTYPE_BYTES
+from hybridsp.release import release
 from hybridsp.train.console import keep_quiet
 
 RECORDED = (
@@ -172,7 +173,7 @@ def take_steps(
         alst.warm_up(WARMUP_STEPS, warmup_tokens)
         times = measure(lambda: losses.append(alst.step()), mesh, repeats=steps, warmup=0)
     finally:
-        alst.engine.destroy()  # also where memory ran out: the next case needs it
+        release(alst.engine)  # also where memory ran out: the next case needs it
     return {
         **times.as_json(),
         "tokens_per_second": case.length / times.median,

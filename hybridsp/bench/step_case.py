@@ -37,6 +37,7 @@ from hybridsp.planner.model import load_config
 from hybridsp.planner.time import step_time
 from hybridsp.prepare import load_prepared, prepare_model
 from hybridsp.recipe import Recipe
+from hybridsp.release import release
 
 # The first step allocates the optimizer's states and compiles the kernels.
 WARMUP_STEPS = 1
@@ -143,7 +144,7 @@ def take_steps(
         told = _memory_of_rank(mesh)
         profile = profile_step(engine, step, mesh) if profiled else None
     finally:
-        engine.destroy()  # also where memory ran out: the next case needs it
+        release(engine)  # also where memory ran out: the next case needs it
     pairs = 1.0 if case.sequence.pairs is None else case.sequence.pairs
     return {
         **times.as_json(),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hybridsp.adapters import ADAPTERS, decoder_layers
 from hybridsp.loss import count_labels
 from hybridsp.mesh import SPMesh
+from hybridsp.release import release
 
 # Called with a layer's number, its input and its attention's output, both [B, L, D].
 LayerSeen = Callable[[int, Tensor, Tensor], None]
@@ -100,7 +101,7 @@ class Teacher:
     def close(self) -> None:
         """Let go of what DeepSpeed holds."""
         if self._engine is not None:
-            self._engine.destroy()
+            release(self._engine)
 
     @contextmanager
     def _watched(self, seen: LayerSeen | None) -> Iterator[None]:
