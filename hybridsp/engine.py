@@ -10,8 +10,8 @@ and `backward` divides by the number of micro-batches GA. So each rank backpropa
 D * GA * (sum of its losses) / N, with N the labels of the whole step: what arrives at the
 optimizer, and so clipping and the reported norm, is the gradient of the mean loss, at every stage.
 
-A step whose loss or gradient is not finite is left out. DeepSpeed's own optimizers do that (ZeRO 1
-and 2 unless "bf16": {"check_grad_overflow": false} forbids it), once they see the gradient's norm;
+A step whose loss or gradient is not finite is left out. DeepSpeed's own optimizers do that once
+they see the gradient's norm ("bf16": {"check_grad_overflow": false}, which forbids it, is refused);
 a plain optimizer, as ZeRO 0 uses in fp32, is kept from its step here.
 """
 
@@ -41,13 +41,15 @@ from hybridsp.loss import TokenMean, count_labels
 from hybridsp.mesh import SPMesh
 from hybridsp.self_check import self_check as prove
 
-# DeepSpeed settings that change how gradients are summed, scaled or reported, and the value with
-# which they do not.
+# DeepSpeed settings that change how gradients are summed, scaled or reported, or let pass one that
+# is not finite, and the value with which they do not.
 UNMEASURED: dict[str, Any] = {
     "managed_gradient_accumulation": True,
     "tensor_parallel.autotp_size": 0,
     "torch_autocast.enabled": False,
     "fp16.enabled": False,
+    "bf16.check_grad_overflow": True,
+    "bfloat16.check_grad_overflow": True,
     "zero_optimization.compute_grad_norm": True,
     "zero_optimization.mics_shard_size": -1,
     "zero_optimization.zero_hpz_partition_size": 1,
@@ -178,7 +180,7 @@ def train_step(engine: Any, micro_batches: Sequence[Mapping[str, Any]]) -> StepR
         if grad_norm is None or grad_norm.isfinite():
             engine.step()
         else:
-            _leave_step_out(engine)
+            leave_step_out(engine)
     return StepResult(
         loss=loss,
         num_tokens=num_tokens,
@@ -188,7 +190,7 @@ def train_step(engine: Any, micro_batches: Sequence[Mapping[str, Any]]) -> StepR
     )
 
 
-def _leave_step_out(engine: Any) -> None:
+def leave_step_out(engine: Any) -> None:
     """What DeepSpeed does about a plain optimizer's step, but for the step.
 
     As with DeepSpeed's own optimizers, it finds `overflow` set and leaves the schedule alone.
@@ -306,4 +308,11 @@ def _fetch_whole_layers(model: PreTrainedModel) -> None:
         set_z3_leaf_module(layer, True)
 
 
-__all__ = ["StepResult", "eval_step", "initialize", "train_step", "unreported_norm"]
+__all__ = [
+    "StepResult",
+    "eval_step",
+    "initialize",
+    "leave_step_out",
+    "train_step",
+    "unreported_norm",
+]

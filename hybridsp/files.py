@@ -29,6 +29,8 @@ def appear_at_once(final: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     work = final.with_name(f".{final.name}.{os.getpid()}.new")
+    # A process that had this one's number, as in a container that is started again, was killed.
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
         yield work
@@ -46,6 +48,7 @@ def _replace_folder(new: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}.{os.getpid()}.old")
     replacing = final.exists()
     if replacing:
+        shutil.rmtree(aside, ignore_errors=True)  # left over, as in `appear_at_once`
         os.replace(final, aside)
     try:
         os.replace(new, final)

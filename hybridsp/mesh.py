@@ -61,6 +61,11 @@ class SPMesh:
         self.device = init_distributed(timeout)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.ring, self.ulysses, self.sp = ring, ulysses, ring * ulysses
+        if len(asked := dict.fromkeys(gather_objects((ring, ulysses)))) > 1:
+            raise ValueError(
+                f"(ring, ulysses) differ between ranks: {', '.join(map(str, asked))}. Start all of "
+                "them from the same recipe and arguments"
+            )
         if self.world_size % self.sp:
             raise ValueError(
                 f"ring * ulysses = {ring} * {ulysses} = {self.sp} does not divide the job's "

@@ -288,6 +288,16 @@ def check_config(path: str | Path) -> dict[str, Any]:
             f"{file}: model_type = {shown(model_type)} is unknown to this transformers; {code}"
             "convert the checkpoint to an architecture that it has, or update transformers"
         )
+    # Of a model of several parts, each has a config of its own.
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        _refuse_kernels(file, part)
+    layers = fields.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"{file}: num_hidden_layers = {layers} is above {MOST_LAYERS}: repair it")
+    return fields
+
+
+def _refuse_kernels(file: Path, fields: Mapping[str, Any]) -> None:
     for name in IMPLEMENTATIONS:
         asked = fields.get(name)
         if asked is not None and asked not in ("eager", "sdpa"):
@@ -295,10 +305,6 @@ def check_config(path: str | Path) -> dict[str, Any]:
                 f"{file}: {name} = {shown(asked)} may name a kernel to be downloaded and run: "
                 "remove it, hybridsp chooses the kernels"
             )
-    layers = fields.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ValueError(f"{file}: num_hidden_layers = {layers} is above {MOST_LAYERS}: repair it")
-    return fields
 
 
 __all__ = [

@@ -59,6 +59,8 @@ Tokens = Annotated[StrictInt, BeforeValidator(_read_size), Field(ge=1, le=MOST)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
+# Three years; what keeps time counts nanoseconds in 64 bits.
+Seconds = Annotated[Number, Field(gt=0, le=1e8)]
 SECTION = ConfigDict(extra="forbid")
 
 
@@ -218,7 +220,7 @@ class Recipe:
     """Optimizer steps in a row whose loss or gradient is not finite, which are left out, after
     which the run ends; the batch of each is kept in `output_dir/bad_steps`."""
 
-    hang_timeout: Positive = 900.0
+    hang_timeout: Seconds = 900.0
     """Seconds without a layer begun, in training, after which the job ends with a report of where
     each rank stands."""
 

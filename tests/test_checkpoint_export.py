@@ -1,6 +1,7 @@
 """A model cut by ZeRO-3 is exported file by file, and no rank ever holds all of it."""
 
 import json
+import os
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hybridsp.checkpoint import export, export_pretrained
+from hybridsp.files import appear_at_once
 from hybridsp.mesh import SPMesh
 
 WORLD_SIZE = 2
@@ -82,3 +84,15 @@ def fail_while_writing(directory):
 
 def test_a_failed_export_leaves_the_earlier_model(tmp_path):
     run_ranks(fail_while_writing, WORLD_SIZE, tmp_path / "model")
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):
+    for left in ("new", "old"):
+        folder = tmp_path / f".model.{os.getpid()}.{left}"
+        folder.mkdir()
+        (folder / "half").touch()
+    for text in ("first", "second"):
+        with appear_at_once(tmp_path / "model") as folder:
+            (folder / "file").write_text(text)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "file"]
+    assert (tmp_path / "model" / "file").read_text() == "second"

@@ -19,7 +19,7 @@ from hybridsp.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from hybridsp.checkpoint.manifest import candidates, remove_superseded
+from hybridsp.checkpoint.manifest import candidates, remove, remove_superseded
 from hybridsp.host_memory import HostMemory
 from hybridsp.mesh import SPMesh
 
@@ -170,6 +170,11 @@ def test_an_interrupted_name_of_the_latest_is_as_none(tmp_path):
     assert candidates(tmp_path, "auto")[0].name == "step-000001"
     with pytest.raises(ValueError, match=r"resume = 'never', but .* holds step-000001"):
         candidates(tmp_path, "never")
+    (tmp_path / "latest").unlink()
+    for name in ("step-999999", "step-1000000", "step-1000000-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    assert candidates(tmp_path, "auto")[0].name == "step-1000000-2"
 
 
 def test_a_step_is_not_taken_for_one_whose_number_begins_alike(tmp_path):
@@ -179,3 +184,16 @@ def test_a_step_is_not_taken_for_one_whose_number_begins_alike(tmp_path):
         os.utime(tmp_path / name / "manifest.json", (time, time))
     remove_superseded(tmp_path / "step-100000-2", 100000, keep=2)
     assert {path.name for path in tmp_path.iterdir()} == {"step-1000000", "step-100000-2"}
+
+
+def test_what_cannot_be_removed_is_logged_and_tried_again(tmp_path, caplog):
+    for name in ("step-000001", "step-000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    with mock.patch.object(shutil, "rmtree", side_effect=OSError("Device or resource busy")):
+        remove_superseded(tmp_path / "step-000002", 2, keep=1)
+    assert "cannot remove" in caplog.text
+    assert "Device or resource busy" in caplog.text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001.partial", "step-000002"]
+    remove(tmp_path / "step-000001.partial")
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]

@@ -224,6 +224,7 @@ CONFIGURATIONS = {
     "unmeasured offload": {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}
     },
+    "bad steps let pass": {"bf16": {"enabled": True, "check_grad_overflow": False}},
     "batch size": {"train_batch_size": 4},
     "batch size that does not divide": {
         "train_batch_size": 3,
@@ -275,6 +276,7 @@ def misuse(case):
         ("unmeasured", "zero_quantized_gradients = True, under which nobody has shown"),
         ("unmeasured optimizer", "zenflow = .*, under which nobody has shown"),
         ("unmeasured offload", "offload_optimizer.super_offload = True, under which nobody"),
+        ("bad steps let pass", "bf16.check_grad_overflow = False, under which nobody"),
         ("batch size", r"train_batch_size = 4.* = 2 sequences.*remove train_batch_size.* to 2"),
         ("batch size that does not divide", "train_batch_size = 3.*or a multiple.*set it to 2"),
         ("no batch size", "config sets no train_micro_batch_size_per_gpu: add it"),

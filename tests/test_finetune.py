@@ -269,7 +269,7 @@ DAMAGES = {
     ),
     "unknown family": (
         edit_config(model_type="hybrid_xyz", auto_map={}),  # else transformers asks to run its code
-        ["model type `hybrid_xyz`"],
+        ["model_type = 'hybrid_xyz' is unknown"],
     ),
     "family without adapter": (mamba, ["'mamba' (MambaForCausalLM, token mixers MambaMixer"]),
     "corrupt data": (

@@ -143,6 +143,8 @@ def test_no_code_of_a_checkpoint_is_run(checkpoints):
     for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         (message,) = refused({key: "owner/kernel"})
         assert f"{key} = 'owner/kernel' may name a kernel" in message
+        (message,) = refused({"text_config": {key: "owner/kernel"}})
+        assert f"{key} = 'owner/kernel' may name a kernel" in message
     (message,) = refused({"num_hidden_layers": 10**9})
     assert "num_hidden_layers = 1000000000 is above" in message
 

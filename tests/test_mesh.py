@@ -44,6 +44,16 @@ def deepspeed_view(mesh):
     return seen
 
 
+def unlike_degrees():
+    ring = 1 + dist.get_rank()
+    with pytest.raises(ValueError, match=r"differ between ranks: \(1, 1\), \(2, 1\)"):
+        SPMesh(ring=ring)
+
+
+def test_ranks_of_other_degrees_end_together():
+    run_ranks(unlike_degrees, 2)
+
+
 def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 

@@ -100,6 +100,7 @@ def test_every_way_to_write_a_number_is_a_number(recipe_file, text):
         ({"seq_length": "128X"}, "seq_length = '128X': '128X' is no size: write a positive whole"),
         ({"seq_length": "2G"}, "seq_length = '2G': .*less than or equal to 2147483647"),
         ({"max_steps": "1K"}, "max_steps = '1K': .*valid integer"),
+        ({"hang_timeout": 1e300}, r"hang_timeout = 1e\+300: .*less than or equal to 100000000"),
         ({"seed": 2**32}, "seed = 4294967296: .*less than 4294967296"),
         ({"output_dir": "data/train.jsonl"}, "output_dir = .*train.jsonl is a file: choose"),
         (

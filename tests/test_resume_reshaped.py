@@ -97,9 +97,14 @@ def lacking(directory):
     save_checkpoint(engine, mesh, directory, 1, {})
     with pytest.raises(ValueError, match=r"has 0 of the .* elements of .*layers\.0.* resume with"):
         load_checkpoint(make_engine(mesh, 3), mesh, directory)
+    engine = make_engine(mesh, 3)
+    train(engine, mesh, 1)
+    save_checkpoint(engine, mesh, directory / "all", 1, {})
+    with pytest.raises(ValueError, match=r"has trained .*layers\.0.*, which this run does not"):
+        load_checkpoint(make_engine(mesh, 2, frozen="layers.0"), mesh, directory / "all")
 
 
-def test_a_checkpoint_that_lacks_what_is_trained_is_refused(tmp_path):
+def test_a_checkpoint_that_trained_other_parameters_is_refused(tmp_path):
     run_ranks(lacking, 2, tmp_path)
 
 

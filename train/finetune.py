@@ -47,6 +47,7 @@ from hybridsp.faults import (
     check_room,
     engine_facts,
     follow,
+    settings_facts,
 )
 from hybridsp.launch import COLLECTIVE_TIMEOUT
 from hybridsp.lora import add_lora, export_merged
@@ -90,6 +91,7 @@ def fine_tune(recipe: Recipe, mesh: SPMesh, position: Position) -> Path | None:
 
     None if a signal stopped it; it is saved then.
     """
+    check_in_step(mesh, settings_facts(recipe), {})
     transformers.set_seed(recipe.seed)
     config = mesh.on_every_rank(deepspeed_config, recipe, mesh)
     tokenizer = mesh.on_every_rank(load_tokenizer, recipe.model)
@@ -298,6 +300,11 @@ def resume(
     state = load_checkpoint(engine, mesh, recipe.output_dir, recipe.resume)
     if state is None:
         return 0
+    if lacking := {"step", "stage", "data", "lora_alpha"} - state.keys():
+        raise ValueError(
+            f"the checkpoint's client_state lacks {', '.join(sorted(lacking))}, so it is none of "
+            "this script's: name one that is in resume"
+        )
     if state["step"] > stages[-1].last_step:
         raise ValueError(
             f"max_steps = {stages[-1].last_step}, but the checkpoint has taken {state['step']}: "

@@ -85,7 +85,7 @@ def copied_to_host(files: list[File]) -> list[File]:
     return [File(file.path, _copy_tree(file.content, copied)) for file in files]
 
 
-def measure(mesh: SPMesh, files: list[File]) -> Room:
+def measure(files: list[File]) -> Room:
     """What a save of these files on every rank needs. Collective over the world."""
     num_bytes = sum(
         sum(

@@ -36,7 +36,7 @@ def restore_generators(directory: Path, rank: int) -> None:
     """Let this process's generators go on where those of a rank were saved."""
     state = torch.load(directory / generators_file(rank), weights_only=True)
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
+    if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -9,6 +9,7 @@ pickled code, only tensors, plain values and the DeepSpeed classes of `allowed_c
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ import torch
 
 from hybridsp.mesh import SPMesh
 from hybridsp.untrusted import MAX_SHOWN, inside, read_json, read_text, shown
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 CLIENT_STATE = "client_state.json"
@@ -158,7 +161,7 @@ def candidates(root: Path, which: str) -> list[Path]:
         ValueError: `which` is `never`, but there is a checkpoint.
     """
     if which not in ("auto", "never"):
-        return [Path(which)]
+        return [Path(which).resolve()]  # "." has no name, by which DeepSpeed is to find it
     there = sorted(complete(root), key=age, reverse=True)
     latest = _latest(root, there)
     if which == "never" and latest is not None:
@@ -185,7 +188,22 @@ def remove_superseded(newest: Path, step: int, keep: int) -> None:
     kept = [path for path in there if path not in same or path == newest][-keep:]
     for directory in there:
         if directory != newest and directory not in kept:
-            shutil.rmtree(directory)
+            remove(directory)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, or what there is of one, that no run needs any more.
+
+    What a file system will not let go of now (NFS keeps open files) is no reason to end a run: it
+    is logged, and the next save tries again.
+    """
+    # Under this name the next save removes what a crash now may leave.
+    doomed = folder.with_name(folder.name.removesuffix(PARTIAL) + PARTIAL)
+    try:
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("cannot remove %s, which nothing needs any more: %s", folder, error)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -196,6 +214,16 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk: fsync of a file is for its content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _latest(root: Path, there: list[Path]) -> Path | None:
@@ -204,7 +232,12 @@ def _latest(root: Path, there: list[Path]) -> Path | None:
         name = read_text(root / LATEST, MAX_NAME_BYTES).strip()
         if re.fullmatch(r"step-[0-9]+(-[0-9]+)?", name) and (root / name).is_dir():
             return root / name
-    return max(there, default=None)
+    return max(there, key=_numbers, default=None)
+
+
+def _numbers(directory: Path) -> list[int]:
+    """Of `step-000010-2` 10 and 2; as text a step of seven digits would be less than one of six."""
+    return [int(number) for number in re.findall("[0-9]+", directory.name)]
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -230,6 +263,7 @@ __all__ = [
     "read_manifest",
     "remove_superseded",
     "share_of",
+    "sync_folder",
     "verify",
     "write_atomically",
 ]

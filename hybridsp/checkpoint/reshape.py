@@ -84,14 +84,13 @@ def check_readable(engine: Any, directory: Path, names: Iterable[str]) -> None:
     """Check, before anything is changed, that this rank can read all that it will need.
 
     Raises:
-        ValueError: the checkpoint does not have the parameters that this run trains.
+        ValueError: the checkpoint trains other parameters than this run.
     """
-    trained = {
-        name: getattr(p, "ds_numel", p.numel())
-        for name, p in engine.module.named_parameters()
-        if p.requires_grad
-    }
-    Shards(directory, names).check_complete(trained)
+    named = dict(engine.module.named_parameters())
+    trained = {n: getattr(p, "ds_numel", p.numel()) for n, p in named.items() if p.requires_grad}
+    shards = Shards(directory, names)
+    shards.check_complete(trained)
+    shards.check_frozen(named.keys() - trained)
 
 
 def _state_of_this_rank(engine: Any, shards: Shards) -> dict[str, Any]:

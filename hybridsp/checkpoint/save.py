@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +43,9 @@ from hybridsp.checkpoint.manifest import (
     PARTIAL,
     describe_run,
     digest_all,
+    remove,
     remove_superseded,
+    sync_folder,
     write_atomically,
 )
 from hybridsp.mesh import SPMesh, gather_objects
@@ -123,7 +124,7 @@ class CheckpointSaver:
         final = mesh.on_rank_zero(_prepare, self.root, step, client_state, self.keep)
         partial = self.root / (final.name + PARTIAL)
         files = capture(engine, self.root, partial.name)
-        room = measure(mesh, files)
+        room = measure(files)
         check_disk(mesh, partial, room)
         files.append(File(partial / generators_file(mesh.rank), generators_state()))
         state = json.dumps(client_state, indent=2) if mesh.rank == 0 else None
@@ -221,7 +222,12 @@ class _Save:
     def _write(self) -> dict[str, dict[str, Any]]:
         paths = [file.path for file in self.files]
         for file in self.files:
-            self.write(file.content, str(file.path))
+            try:
+                self.write(file.content, str(file.path))
+            except RuntimeError as error:
+                # torch.save speaks of positions in its archive where a disk is full.
+                message = f"{file.path} cannot be written; is the disk full? ({error})"
+                raise OSError(message) from error
         if self.client_state is not None:
             paths.append(self.partial / CLIENT_STATE)
             paths[-1].write_text(self.client_state, encoding="utf-8")
@@ -256,10 +262,10 @@ def _prepare(root: Path, step: int, client_state: dict[str, Any], keep: int) -> 
         raise ValueError(f"client_state must hold plain JSON values: {error}") from None
     root.mkdir(parents=True, exist_ok=True)
     for abandoned in root.glob(f"*{PARTIAL}"):
-        shutil.rmtree(abandoned)
+        remove(abandoned)
     # A step that is saved again gets a place of its own: no moment without a checkpoint.
     place, again = root / f"step-{step:06d}", 1
-    while place.exists():
+    while place.exists() or place.with_name(place.name + PARTIAL).exists():
         again += 1
         place = root / f"step-{step:06d}-{again}"
     return place
@@ -269,7 +275,9 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], keep: int) ->
     """Turn a complete save into the latest checkpoint, and drop the oldest."""
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
     os.replace(partial, final)
+    sync_folder(final.parent)
     write_atomically(final.parent / LATEST, final.name)
+    # Only now, when the new one would be found after a loss of power as well.
     remove_superseded(final, manifest["step"], keep)
 
 

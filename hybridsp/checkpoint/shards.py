@@ -110,7 +110,7 @@ class Shards:
         fragments = self.common.get("frozen_param_fragments") or {}
         if "fp32_flat_groups" not in self._optimizers[0]["optimizer_state_dict"]:
             return self.common["module"][name]
-        assert name in fragments, "the model is the same, so what it trains is"
+        assert name in fragments, "check_frozen was called"
         flat = torch.cat([model["frozen_param_fragments"][name] for model in self._models])
         return flat[: shape.numel()].view(shape)
 
@@ -126,6 +126,20 @@ class Shards:
                 raise ValueError(
                     f"the checkpoint has {found} of the {numel} elements of {name}: resume with "
                     "the same parameters trained"
+                )
+
+    def check_frozen(self, names: Iterable[str]) -> None:
+        """Check that `frozen` can give parameters, which a model does not train.
+
+        Raises:
+            ValueError: one was trained, and ZeRO-3 has cut it.
+        """
+        whole = "fp32_flat_groups" not in self._optimizers[0]["optimizer_state_dict"]
+        for name in () if whole else names:
+            if name not in (self.common.get("frozen_param_fragments") or {}):
+                raise ValueError(
+                    f"the checkpoint has trained {name}, which this run does not: resume with the "
+                    "same parameters trained"
                 )
 
     def _find_cut_end_to_end(self, saved: list[dict[str, Any]]) -> None:

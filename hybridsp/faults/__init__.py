@@ -10,7 +10,12 @@ checkpoints need (`resources`).
 """
 
 from hybridsp.faults.bad_steps import BadSteps
-from hybridsp.faults.desync import batch_facts, check_in_step, engine_facts
+from hybridsp.faults.desync import (
+    batch_facts,
+    check_in_step,
+    engine_facts,
+    settings_facts,
+)
 from hybridsp.faults.position import Position, follow
 from hybridsp.faults.resources import check_room
 from hybridsp.faults.signals import EXIT_STOPPED, StopSignals
@@ -28,4 +33,5 @@ __all__ = [
     "check_room",
     "engine_facts",
     "follow",
+    "settings_facts",
 ]

@@ -81,10 +81,11 @@ class BadSteps:
                 f"changed the weights: look at the batches in {self._root}, lower learning_rate, "
                 "or go on from an earlier checkpoint"
             )
-        logger.warning(
-            "%s: left out (%d in a row, %d in all); its batch is in %s",
-            *(what, self.in_a_row, self.total, folder),
-        )
+        if self._mesh.rank == 0:
+            logger.warning(
+                "%s: left out (%d in a row, %d in all); its batch is in %s",
+                *(what, self.in_a_row, self.total, folder),
+            )
 
 
 def _write(

@@ -66,9 +66,11 @@ class Board:
         group = dist.group.WORLD
         assert group is not None, "the mesh has joined it"
         store = dist.PrefixStore("hybridsp/faults", group.get_group_store())
+        # A job may have one board after another: what is the n-th to one rank is so to all.
+        key = f"run/{store.add(f'boards/{rank}', 1)}"
         if rank == 0:
-            store.set("run", f"{os.getpid()}-{time.time_ns()}")
-        self.run = store.get("run").decode()
+            store.set(key, f"{os.getpid()}-{time.time_ns()}")
+        self.run = store.get(key).decode()
         # torch's stub of Store leaves clone out.
         self.store = dist.PrefixStore(self.run, store.clone())  # type: ignore[attr-defined]
         self.store.set_timeout(STORE_TIMEOUT)
@@ -129,11 +131,13 @@ class Board:
         return self.store.check(["closed"])
 
     def _first_beside_the_run(self) -> bool:
-        self.directory.mkdir(parents=True, exist_ok=True)
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             (self.directory / f"speaker-{self.run}").touch(exist_ok=False)
         except FileExistsError:
             return False
+        except OSError:  # a full disk, maybe the fault itself: rather several voices than none
+            return True
         return True
 
 

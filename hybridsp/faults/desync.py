@@ -49,12 +49,24 @@ def check_in_step(mesh: SPMesh, common: Mapping[str, str], of_sequence: Mapping[
                 raise ValueError(_differ(name, holders))
 
 
+def settings_facts(settings: Any) -> dict[str, str]:
+    """Versions and settings, known before anything is made of them.
+
+    Args:
+        settings: the recipe, a dataclass; or settings by the names that an error is to give them.
+    """
+    facts = {f"version of {name}": version(name) for name in LIBRARIES}
+    if not isinstance(settings, Mapping):
+        settings = {f"recipe's {k}": v for k, v in dataclasses.asdict(settings).items()}
+    return facts | {name: _shown(value) for name, value in settings.items()}
+
+
 def engine_facts(engine: Any, settings: Any, *, step: int) -> dict[str, str]:
     """What an engine and its run are, where a difference between ranks would be fatal.
 
     Args:
         engine: made by `hybridsp.initialize`.
-        settings: a dataclass of the run's settings, such as the recipe.
+        settings: as `settings_facts` takes them.
         step: optimizer steps already taken.
     """
     model = engine.module
@@ -62,9 +74,7 @@ def engine_facts(engine: Any, settings: Any, *, step: int) -> dict[str, str]:
         (name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype), p.requires_grad)
         for name, p in model.named_parameters()
     ]
-    facts = {f"version of {name}": version(name) for name in LIBRARIES}
-    facts |= {f"recipe's {k}": _shown(v) for k, v in dataclasses.asdict(settings).items()}
-    return facts | {
+    return settings_facts(settings) | {
         "step": str(step),
         "learning rate": repr(engine.get_lr()),
         "micro-batches per step": str(engine.gradient_accumulation_steps()),
@@ -118,4 +128,4 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-__all__ = ["batch_facts", "check_in_step", "engine_facts"]
+__all__ = ["batch_facts", "check_in_step", "engine_facts", "settings_facts"]

@@ -85,9 +85,11 @@ def follow(layers: Sequence[nn.Module], position: Position) -> Iterator[None]:
 
     handles = [layer.register_forward_pre_hook(entered(i)) for i, layer in enumerate(layers)]
     handles += [layer.register_forward_hook(left(i)) for i, layer in enumerate(layers)]
-    yield
-    for handle in handles:
-        handle.remove()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def standing() -> str:

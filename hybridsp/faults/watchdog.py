@@ -32,6 +32,7 @@ from hybridsp.faults.position import Position, standing
 from hybridsp.faults.resources import memory_warning
 from hybridsp.launch import rank_from_environment
 from hybridsp.mesh import SPMesh
+from hybridsp.untrusted import redact
 
 EXIT_FAULT = 70
 TICK_SECONDS = 1.0
@@ -83,6 +84,7 @@ class Watchdog:
         self._fault_heard: float | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._is_memory_scarce = False
         self._is_first_of_host = rank_from_environment().local_rank == 0
 
     def __enter__(self) -> Watchdog:
@@ -113,24 +115,32 @@ class Watchdog:
         if _names_a_lost_peer(error):
             # The watching thread finds out who it was, and ends this process.
             time.sleep(GRACE_SECONDS)
-        message = f"{type(error).__name__}: {_first_line(error)}"
+        message = redact(f"{type(error).__name__}: {_first_line(error)}")
         first = self._board.blame(message, GRACE_SECONDS)
         if users:
+            if self._mesh.rank == 0 and self.position.step:
+                # The store may end with this process; who finds both gone asks the file. Before the
+                # first step all ranks raise alike, and a run that is refused leaves nothing.
+                self._board.blame(message, GRACE_SECONDS, by_file=True)
             return
         if first:
-            file = self._write_traceback(error)
+            where = self._write_traceback(error)
             self._say(
-                f"rank {self._mesh.rank} ended the job: {message}\n"
-                f"  at {self.position}; the traceback is in {file}"
+                f"rank {self._mesh.rank} ended the job: {message}\n  at {self.position}; {where}"
             )
             self._board.close()
         self._leave_after_others()
 
-    def _write_traceback(self, error: Exception) -> Path:
-        self._directory.mkdir(parents=True, exist_ok=True)
+    def _write_traceback(self, error: Exception) -> str:
+        """Write it into a file and say into which; say all of it if that fails."""
+        text = redact("".join(traceback.format_exception(error)))
         file = self._directory / f"rank-{self._mesh.rank:05d}.txt"
-        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        return file
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        except OSError as full:
+            return f"the traceback cannot be written ({full}):\n{text}"
+        return f"the traceback is in {file}"
 
     # What the watching thread does
 
@@ -149,9 +159,9 @@ class Watchdog:
                     _leave()
                 if failures == STORE_FAILURES and not self._over.is_set():
                     self._end("the job's store is gone: rank 0's process or the launcher has ended")
-            stalled = 0.0 if self.position.passed != passed else stalled + self._tick
-            passed = self.position.passed
-            if stalled >= self._hang_timeout and self.position.watched:
+            watched, before, passed = self.position.watched, passed, self.position.passed
+            stalled = stalled + self._tick if watched and passed == before else 0.0
+            if stalled >= self._hang_timeout:
                 self._end_hung()
 
     def look(self) -> None:
@@ -224,8 +234,11 @@ class Watchdog:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
     def _warn_of_memory(self) -> None:
-        if warning := memory_warning():
+        """Say it once each time that memory becomes scarce."""
+        warning = memory_warning()
+        if warning and not self._is_memory_scarce:
             logger.warning("rank %d: %s", self._mesh.rank, warning)
+        self._is_memory_scarce = warning is not None
 
 
 def hang_report(
