@@ -171,6 +171,21 @@ def test_three_phases_recover_what_conversion_lost(finished):
     )
 
 
+def test_fewer_held_out_sequences_than_all_are_spread_over_all(tmp_path, monkeypatch):
+    """The first ones may all lie in one long document."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "text.txt").write_text("abcdefgh" * 5)
+    recipe = SimpleNamespace(eval_seq_length=4, eval_sequences=3)
+    settings = SimpleNamespace(eval_data=str(tmp_path / "text.txt"), seed=0)
+    mesh = SimpleNamespace(dp=1, dp_rank=0)
+    every, three = (
+        distill.held_out_data(one, settings, byte_tokenizer(), mesh).dataset["input_ids"]
+        for one in (SimpleNamespace(**{**vars(recipe), "eval_sequences": None}), recipe)
+    )
+    assert len(every) == 10
+    assert [row.tolist() for row in three] == [every[at].tolist() for at in (0, 3, 6)]
+
+
 def test_each_phase_leaves_a_model_in_which_only_the_right_weights_have_learnt(finished):
     directory, _ = finished
     before = weights(directory / "model")

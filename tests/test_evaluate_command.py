@@ -5,12 +5,15 @@ import json
 import math
 
 import pytest
+import torch
 from distributed import run_ranks
 from tiny_hybrid_gla import tiny_model
 from tiny_tokenizer import character_tokenizer
 
 from hybridsp.cli import main
+from hybridsp.evaluate.command import _context, _trained_length
 from hybridsp.evaluate.options import Options, add_arguments
+from hybridsp.evaluate.positions import CurveOfLoss
 from hybridsp.evaluate.report import render
 
 TEXT = "".join(
@@ -144,6 +147,23 @@ def test_needles_are_asked_for_up_to_the_length():
         32768,
     )
     assert options_of("--model", "m", "--length", "1K").needle_lengths == (1024,)
+
+
+def test_past_the_trained_length_is_past_that_of_the_model_all_were_made_from(tmp_path):
+    """Training at length raises a model's own, and hides what it was made from."""
+    for name, length in (("dense", 8192), ("finetuned", 32768)):
+        (tmp_path / name).mkdir()
+        config = {"model_type": "llama", "max_position_embeddings": length}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    dense, finetuned = (str(tmp_path / name) for name in ("dense", "finetuned"))
+    assert _trained_length(options_of("--model", f"{finetuned},{dense}")) == 8192
+    assert _trained_length(options_of("--model", finetuned, "--teacher", dense)) == 8192
+    assert _trained_length(options_of("--model", finetuned)) == 32768
+    sums, counts = torch.tensor([[9.0, 8.0, 6.0], [9.0, 8.0, 7.0]]), torch.ones(2, 3)
+    curve = CurveOfLoss([4096, 8192, 32768], sums, counts, torch.arange(2))
+    changes = [(c["from"], c["to"], c["change"]) for c in _context(curve, 8192)["changes"]]
+    assert changes == [(4096, 32768, -2.5), (8192, 32768, -1.5)]
+    assert len(_context(curve, 32768)["changes"]) == 1
 
 
 def test_a_model_that_cannot_run_has_its_reason_in_the_tables():

@@ -119,7 +119,7 @@ class DistillRecipe:
         model: directory of what was converted from it.
         output_dir: of all phases.
         eval_seq_length: tokens per held-out sequence, in every phase.
-        eval_sequences: number of them; None for all.
+        eval_sequences: number of them, spread evenly over all; None for all.
         phases: in order.
     """
 

@@ -27,6 +27,7 @@ from hybridsp.evaluate.subject import Subject, load_subject
 from hybridsp.evaluate.text import HeldOut, load_held_out, require_same_tokenizer
 from hybridsp.mesh import SPMesh
 from hybridsp.prepare import load_tokenizer
+from hybridsp.pretrained import check_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -62,6 +63,7 @@ class Evaluation:
         # One rank reads the text; the others may have no such file, and need not tokenise it.
         self.text: HeldOut = world.on_rank_zero(load_held_out, options.text, self.tokenizer)
         world.on_every_rank(self._require_enough_text)
+        self.trained = world.on_every_rank(_trained_length, options)
         self.results: dict[str, dict[str, Any]] = {}
         self.record = {
             "environment": environment(world),
@@ -95,7 +97,7 @@ class Evaluation:
         answers: dict[str, Callable[[], Any]] = {
             "text": lambda: score_text(subject, self._packed(), teacher).summary(),
             "positions": lambda: {"points": loss_by_position(subject, self._windows()).points()},
-            "context": lambda: _context(subject, loss_by_context(subject, self._windows())),
+            "context": lambda: _context(loss_by_context(subject, self._windows()), self.trained),
         }
         found: dict[str, Any] = {}
         for task in tqdm(options.tasks, desc=name, unit="task", disable=self.world.rank > 0):
@@ -138,9 +140,9 @@ class Evaluation:
                 NeedleSettings(keys=keys, depths=self.options.depths, samples=self.options.samples)
 
 
-def _context(subject: Subject, curve: CurveOfLoss) -> dict[str, Any]:
+def _context(curve: CurveOfLoss, trained: int | None) -> dict[str, Any]:
     """The curve, and what all context changes and that past the trained length."""
-    edges, trained = curve.edges, subject.trained_length
+    edges = curve.edges
     changes = [curve.change(edges[0], edges[-1])] if len(edges) > 1 else []
     if trained in edges[1:-1]:
         changes.append(curve.change(trained, edges[-1]))
@@ -156,6 +158,17 @@ def _tokenizer_of_all(options: Options) -> PreTrainedTokenizerBase:
     for other, path in others:
         require_same_tokenizer(name, tokenizer, other, load_tokenizer(path))
     return tokenizer
+
+
+def _trained_length(options: Options) -> int | None:
+    """The least length that one of the checkpoints was trained for; None if none says it.
+
+    One for all, and not each one's own: fine-tuning at length raises what a model says of itself,
+    and what is asked is how it does past the length of the model it was made from.
+    """
+    folders = [*options.models.values(), *([options.teacher] if options.teacher else [])]
+    lengths = [check_config(folder).get("max_position_embeddings") for folder in folders]
+    return min((length for length in lengths if isinstance(length, int)), default=None)
 
 
 __all__ = ["Evaluation", "add_arguments", "run"]

@@ -45,8 +45,6 @@ class Subject:
         parallelize(model, mesh)
         self.name, self.mesh = name, mesh
         self.model = model.to(mesh.device).eval()
-        self.config = model.config
-        self.trained_length: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def rows_per_batch(self, length: int) -> int:
         """Sequences of `length` tokens to give to one forward."""
