@@ -38,7 +38,7 @@ def spare_a_compiler():
 
 def make_trainer(mesh, directory, config, *, kind="hybrid", collator="flattened", **options):
     """A Trainer and the arguments of its run; `options` that it does not know are arguments'."""
-    names = ("callbacks", "eval_dataset", "self_check")
+    names = ("callbacks", "eval_dataset", "self_check", "max_bad_steps", "hang_timeout")
     own = {name: options.pop(name) for name in names if name in options}
     args = arguments(directory, deepspeed=config, **options)
     documents, collate = Documents(), COLLATORS[collator]

@@ -13,6 +13,7 @@ A script that trains with `transformers.Trainer` and DeepSpeed changes one impor
     engine_wrapper.py  DeepSpeed's engine as accelerate drives it
     evaluation.py      evaluation data in step on all ranks
     checkpoints.py     folders of checkpoints
+    guards.py          what can go wrong in a long run
     trainer.py         the Trainer
 """
 

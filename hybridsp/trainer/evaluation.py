@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from hybridsp.mesh import SPMesh
@@ -68,6 +69,20 @@ def eval_dataloader(
 
 
 @torch.no_grad()
+def model_to_evaluate(model: nn.Module, mesh: SPMesh) -> nn.Module:
+    """A model that no engine holds, where it can be evaluated.
+
+    Raises:
+        ValueError: it has no whole weights.
+    """
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            "evaluate() before train() on a model that ZeRO-3 loaded in parts: set "
+            "eval_on_start=True, or make TrainingArguments after the model"
+        )
+    return model.to(mesh.device)
+
+
 def evaluate_loss(
     model: Any, dataloader: DataLoader[dict[str, Any]], mesh: SPMesh
 ) -> Iterator[float | None]:
@@ -109,4 +124,4 @@ def _batches(dataloader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Any]]
         yield batch
 
 
-__all__ = ["BatchesInStep", "eval_dataloader", "evaluate_loss"]
+__all__ = ["BatchesInStep", "eval_dataloader", "evaluate_loss", "model_to_evaluate"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hybridsp.launch import rank_from_environment
@@ -44,6 +44,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         'set save_strategy="best" and metric_for_best_model="loss", and load '
         "trainer.state.best_model_checkpoint with from_pretrained",
+    ),
+    "enable_jit_checkpoint": (
+        (False,),
+        "leave it out: SIGTERM saves and stops, on all ranks behind the same step",
     ),
     "save_on_each_node": ((False,), "let output_dir be on a file system that all hosts share"),
     "label_names": ((None, ["labels"]), "call them labels in the batch"),
@@ -107,6 +111,13 @@ def _problems(args: TrainingArguments | None, given: Mapping[str, Any]) -> Itera
                 yield f"{name} = {value!r}: {remedy}"
     if args.optim in REFUSED_OPTIMIZERS:
         yield f"optim = {args.optim.value!r}: choose one that DeepSpeed steps, such as adamw_torch"
+
+
+def mesh_of_all_ranks(model: PreTrainedModel) -> SPMesh:
+    """All ranks of the job as one SP group, with degrees that fit the model's heads."""
+    heads = model.config.num_attention_heads
+    kv_heads = getattr(model.config, "num_key_value_heads", None) or heads
+    return SPMesh.auto(sp=dist.get_world_size(), num_heads=heads, num_kv_heads=kv_heads)
 
 
 def introduce_ranks(args: TrainingArguments) -> None:
@@ -181,4 +192,10 @@ def _autos(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield path + key
 
 
-__all__ = ["check_arguments", "deepspeed_settings", "finished_config", "introduce_ranks"]
+__all__ = [
+    "check_arguments",
+    "deepspeed_settings",
+    "finished_config",
+    "introduce_ranks",
+    "mesh_of_all_ranks",
+]

@@ -15,9 +15,8 @@ from typing import Any
 
 import datasets
 import torch
-import torch.distributed as dist
 import transformers
-from accelerate.utils import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
+from accelerate.utils import DeepSpeedSchedulerWrapper
 from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,21 +27,23 @@ from hybridsp.checkpoint import gathered_weights, load_checkpoint, save_checkpoi
 from hybridsp.engine import initialize
 from hybridsp.mesh import SPMesh
 from hybridsp.parallelize import parallelize
-from hybridsp.trainer.batches import BOUNDARIES, shard_batches
+from hybridsp.trainer.batches import BOUNDARIES
 from hybridsp.trainer.checkpoints import begin_save, check_resumable, complete_checkpoint
-from hybridsp.trainer.engine_wrapper import EngineWrapper
-from hybridsp.trainer.evaluation import eval_dataloader, evaluate_loss
+from hybridsp.trainer.engine_wrapper import EngineWrapper, OptimizerWrapper
+from hybridsp.trainer.evaluation import eval_dataloader, evaluate_loss, model_to_evaluate
+from hybridsp.trainer.guards import GuardedTrainer, Guards
 from hybridsp.trainer.settings import (
     check_arguments,
     deepspeed_settings,
     finished_config,
     introduce_ranks,
+    mesh_of_all_ranks,
 )
 
 SCHEDULER = "scheduler.pt"
 
 
-class Trainer(transformers.Trainer):
+class Trainer(GuardedTrainer):
     """A `transformers.Trainer` whose sequences are cut over the ranks of a mesh.
 
     `per_device_train_batch_size` and its counterpart for evaluation count the sequences of one
@@ -58,6 +59,10 @@ class Trainer(transformers.Trainer):
         mesh: the grid of ranks; None for the one that the model was parallelized for, or else all
             ranks as one SP group with degrees that fit the model's heads.
         self_check: as for `hybridsp.initialize`.
+        max_bad_steps: optimizer steps in a row whose loss or gradient is not finite, which are left
+            out, after which training ends; the batch of each is kept in `output_dir/bad_steps`.
+        hang_timeout: seconds without a layer begun, in training, after which the job ends with a
+            report of where each rank stands; less than the timeout of the mesh.
         named: further arguments of `transformers.Trainer`.
 
     Raises:
@@ -76,17 +81,21 @@ class Trainer(transformers.Trainer):
         *positional: Any,
         mesh: SPMesh | None = None,
         self_check: bool = True,
+        max_bad_steps: int = 10,
+        hang_timeout: float = 900.0,
         **named: Any,
     ) -> None:
         given = inspect.signature(transformers.Trainer).bind(model, args, *positional, **named)
         check_arguments(args, given.arguments)
         assert args is not None, "it was checked"
+        self.guards = Guards(max_bad_steps=max_bad_steps, hang_timeout=hang_timeout)
         introduce_ranks(args)
         self.sp_mesh, self._self_check = mesh, self_check
         self._given_optimizers = given.arguments.get("optimizers", (None, None))
         if model is not None:
             self._parallelize(model)
         super().__init__(model, args, *positional, **named)
+        self.add_callback(self.guards)
         self._wire()
 
     @property
@@ -103,7 +112,7 @@ class Trainer(transformers.Trainer):
             )
         token_mean = getattr(model, "token_mean", None)
         if self.sp_mesh is None:
-            self.sp_mesh = _mesh_of_all_ranks(model) if token_mean is None else token_mean.mesh
+            self.sp_mesh = mesh_of_all_ranks(model) if token_mean is None else token_mean.mesh
         if token_mean is None:
             parallelize(model, self.sp_mesh)
         elif token_mean.mesh is not self.sp_mesh:
@@ -187,7 +196,8 @@ class Trainer(transformers.Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
         """This rank's parts of the next step's batches, and the step's labels over all ranks."""
-        cut = shard_batches(itertools.islice(epoch_iterator, num_batches), self.mesh)
+        batches = itertools.islice(epoch_iterator, num_batches)
+        cut = self.guards.draw(batches, self.mesh, self.state.global_step + 1)
         seen = self.args.include_num_input_tokens_seen
         if seen != "no":
             tokens = cut.num_real_tokens if seen == "non_padding" else cut.num_tokens
@@ -227,13 +237,14 @@ class Trainer(transformers.Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[Any, Any]:
         config = finished_config(self.args.hf_deepspeed_config, self.args, self.model, max_steps)
+        self.guards.compare(self.model, config, self.args, self.state)
         optimizer = self._client_optimizer(config)
         engine = initialize(
             self.model, self.mesh, config, optimizer=optimizer, self_check=self._self_check
         )
         self.deepspeed = self.model_wrapped = engine
-        self.optimizer = DeepSpeedOptimizerWrapper(engine.optimizer)
-        self.accelerator.deepspeed_engine_wrapped = EngineWrapper(engine)
+        self.accelerator.deepspeed_engine_wrapped = wrapper = EngineWrapper(engine)
+        self.optimizer = OptimizerWrapper(wrapper)
         self.accelerator._models.append(engine)
         self.accelerator._optimizers.append(self.optimizer)
         if "scheduler" in config:
@@ -249,6 +260,7 @@ class Trainer(transformers.Trainer):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
+        self.guards.begin(wrapper, self.state)
         return engine, train_dataloader
 
     def _client_optimizer(self, config: dict[str, Any]) -> torch.optim.Optimizer | None:
@@ -313,31 +325,22 @@ class Trainer(transformers.Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The mean loss over all labels of a dataset. Collective over all ranks."""
-        model = self._model_to_evaluate()
+        model = self.deepspeed or model_to_evaluate(self.model, self.mesh)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         losses = []
-        for loss in evaluate_loss(model, dataloader, self.mesh):
-            losses.append(loss)
-            self.control: Any = self.callback_handler.on_prediction_step(
-                self.args, self.state, self.control
-            )
+        with self.guards.position.during("evaluating", watched=True):
+            for loss in evaluate_loss(model, dataloader, self.mesh):
+                losses.append(loss)
+                self.control: Any = self.callback_handler.on_prediction_step(
+                    self.args, self.state, self.control
+                )
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
             metrics={f"{metric_key_prefix}_loss": losses[-1]},
             num_samples=len(dataloader.dataset),
         )
-
-    def _model_to_evaluate(self) -> Any:
-        if self.deepspeed is not None:
-            return self.deepspeed
-        if any(hasattr(p, "ds_id") for p in self.model.parameters()):
-            raise ValueError(
-                "evaluate() before train() on a model that ZeRO-3 loaded in parts: set "
-                "eval_on_start=True, or make TrainingArguments after the model"
-            )
-        return self.model.to(self.mesh.device)
 
     def predict(self, *_: Any, **__: Any) -> Any:
         """Not offered.
@@ -386,13 +389,6 @@ class Trainer(transformers.Trainer):
         if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             schedule = self.lr_scheduler.state_dict()
             self.mesh.on_rank_zero(torch.save, schedule, Path(output_dir) / SCHEDULER)
-
-
-def _mesh_of_all_ranks(model: PreTrainedModel) -> SPMesh:
-    """All ranks of the job as one SP group."""
-    heads = model.config.num_attention_heads
-    kv_heads = getattr(model.config, "num_key_value_heads", None) or heads
-    return SPMesh.auto(sp=dist.get_world_size(), num_heads=heads, num_kv_heads=kv_heads)
 
 
 __all__ = ["Trainer"]
