@@ -45,6 +45,33 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"the tokenizer of {folder} cannot be read: {error}") from error
 
 
+def check_same_tokenizer(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    other_name: str,
+    other: PreTrainedTokenizerBase,
+    remedy: str,
+) -> None:
+    """Refuse two models by whose tokenizers a token means two things.
+
+    Args:
+        name, other_name: what the user calls the models.
+        remedy: what the user can do.
+
+    Raises:
+        ValueError: the vocabularies differ; names one token that does.
+    """
+    one, two = tokenizer.get_vocab(), other.get_vocab()
+    different = sorted({token for token, _ in one.items() ^ two.items()})
+    if different:
+        token = different[0]
+        raise ValueError(
+            f"{name} and {other_name} have different tokenizers ({len(different)} tokens, such as "
+            f"{shown(token)}: {one.get(token)} and {two.get(token)}), so their tokens are not the "
+            f"same words; {remedy}"
+        )
+
+
 def num_embeddings(folder: str) -> int | None:
     """Tokens that a checkpoint's model has embeddings for, by its config; None if that is silent.
 
@@ -101,4 +128,10 @@ def load_prepared(recipe: Recipe, mesh: SPMesh, config: Mapping[str, Any]) -> Pr
     return model
 
 
-__all__ = ["load_prepared", "load_tokenizer", "num_embeddings", "prepare_model"]
+__all__ = [
+    "check_same_tokenizer",
+    "load_prepared",
+    "load_tokenizer",
+    "num_embeddings",
+    "prepare_model",
+]

@@ -4,8 +4,8 @@
 
 Each trial trains a tiny model on forked ranks by the script's own `main`, disturbs it once at a
 random moment, starts it again until it has finished, and compares its record and weights with those
-of an undisturbed run, bit by bit. `Job` stands in for a launcher, as whose only duties are passing
-on a signal and ending a job one of whose ranks has failed.
+of an undisturbed run, bit by bit. A `Job` (rank_job.py) stands in for a launcher.
+A full disk takes leave to mount one; it is left out where there is none.
 """
 
 import argparse
@@ -13,10 +13,11 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
-import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +26,9 @@ from pathlib import Path
 from unittest import mock
 
 import datasets
-import torch
-from distributed import DEEPSPEED, PRELOAD, _context, _start_fork_server
+from distributed import DEEPSPEED, PRELOAD
 from finetune_hosts import make_host, rows_of
+from rank_job import Job
 
 from hybridsp.train import finetune
 
@@ -35,10 +36,8 @@ PRELOAD += [*DEEPSPEED, finetune.__name__]
 
 WORLD = 2
 STEPS, SAVE_EVERY = 8, 2
-# A whole run takes seconds; what is not over by then hangs.
-LIMIT_SECONDS = 60
-LAUNCHER_GRACE_SECONDS = 30
-POLL_SECONDS = 0.01
+# Room for all that a run keeps.
+DISK_BYTES, FILLER = 64 * 2**20, "filler"
 RECIPE = {
     "ulysses": WORLD,
     "max_steps": STEPS,
@@ -50,95 +49,6 @@ RECIPE = {
     "self_check": False,
     "hang_timeout": 10,
 }
-
-
-@dataclass
-class Ended:
-    """How a job ended."""
-
-    codes: list[int]
-    seconds: float
-    output: str
-    hung: bool = False
-    after_fault: float = 0.0  # seconds from the first failed rank to the last one's end
-
-
-class Job:
-    """A job of ranks, as a launcher on one host runs it."""
-
-    def __init__(self, directory, target, *args, world=WORLD):
-        _start_fork_server()
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        self.logs = [Path(directory) / f"rank{rank}.log" for rank in range(world)]
-        self.began = time.monotonic()
-        self.ranks = [
-            _context.Process(
-                target=_rank_main, args=(rank, world, port, self.logs[rank], target, args)
-            )
-            for rank in range(world)
-        ]
-        for rank in self.ranks:
-            rank.start()
-
-    def terminate(self, number=signal.SIGTERM):
-        """What a launcher does that is told to end."""
-        for rank in self.ranks:
-            self.send(rank, number)
-
-    def send(self, rank, number):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(rank.pid, number)
-
-    def running(self):
-        return any(rank.exitcode is None for rank in self.ranks)
-
-    def wait(self, disturb=lambda job: None, limit=LIMIT_SECONDS):
-        """Look after the ranks until all have ended; `disturb` is called again and again."""
-        failed_at, hung = None, False
-        while self.running():
-            disturb(self)
-            now = time.monotonic()
-            if failed_at is None and any(rank.exitcode not in (None, 0) for rank in self.ranks):
-                failed_at = now
-                self.terminate()
-            late = failed_at is not None and now - failed_at > LAUNCHER_GRACE_SECONDS
-            if late or now - self.began > limit:
-                hung = True
-                self.terminate(signal.SIGKILL)
-            time.sleep(POLL_SECONDS)
-        ended = time.monotonic()
-        for rank in self.ranks:
-            rank.join()
-        return Ended(
-            codes=[rank.exitcode for rank in self.ranks],
-            seconds=ended - self.began,
-            output="".join(log.read_text(errors="replace") for log in self.logs),
-            hung=hung,
-            after_fault=0.0 if failed_at is None else ended - failed_at,
-        )
-
-
-def _rank_main(rank, world, port, log, target, args):
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        GLOO_SOCKET_IFNAME="lo",
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
-    try:
-        target(*args)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def fine_tune(directory, overrides=(), file_limit=None):
@@ -163,6 +73,7 @@ class Trial:
     restarts: int = 0
     seconds_to_end: float = 0.0  # from the disturbance to the end of the last rank
     steps_lost: int = 0
+    message: str = ""  # what the disturbed run said of it
     failure: str = ""
 
 
@@ -223,6 +134,41 @@ def signal_one_rank(rng):
     return lambda job: job.send(rng.choice(job.ranks), signal.SIGUSR1)
 
 
+@contextlib.contextmanager
+def small_disk(place):
+    """A file system of its own, which can be filled; OSError where it may not be mounted."""
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise PermissionError(done.stderr)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def can_mount():
+    with (
+        tempfile.TemporaryDirectory() as place,
+        contextlib.suppress(OSError),
+        small_disk(Path(place) / "disk"),
+    ):
+        return True
+    return False
+
+
+def fill_disk(run):
+    """What another program may do at any moment."""
+
+    def fill(job):
+        with contextlib.suppress(OSError), (run / FILLER).open("ab", buffering=0) as filler:
+            while filler.write(bytes(2**16)):
+                pass
+
+    return fill
+
+
 def spoil_a_file(run, rng, flip):
     """Truncate or change one file of the newest checkpoint; returns the checkpoint's name."""
     folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
@@ -237,12 +183,14 @@ def spoil_a_file(run, rng, flip):
     return folder.name
 
 
+FULL_DISK = "full disk"
 KINDS = (
     "kill",
     "kill in a save",
     "signal",
     "signal to one rank",
-    "full disk",
+    FULL_DISK,
+    "limit on file size",
     "truncated file",
     "flipped bit",
 )
@@ -261,13 +209,16 @@ def disturb(kind, directory, rng, trial):
     elif kind == "signal to one rank":
         moment = AtStep(run, rng, signal_one_rank(rng))
         moment.step = rng.randrange(1, STEPS - 2)
-    elif kind == "full disk":
-        limit = rng.randrange(20_000, 400_000)
+    elif kind == FULL_DISK:
+        moment = rng.choice([AtStep, DuringSave])(run, rng, fill_disk(run))
+    elif kind == "limit on file size":
+        limit = rng.randrange(20_000, 280_000)  # less than the optimizer states of a rank
     else:
         moment = AtStep(run, rng, kill_a_rank(rng))
         moment.step = rng.randrange(SAVE_EVERY + 1, STEPS)
     job = Job(directory, fine_tune, directory, overrides, limit)
     end = job.wait(moment or (lambda job: None))
+    (run / FILLER).unlink(missing_ok=True)
     trial.disturbed_at = 0.0 if moment is None else round(moment.done or 0.0, 3)
     return end
 
@@ -278,33 +229,40 @@ def attempt(kind, seed, template, expected):
     with tempfile.TemporaryDirectory(prefix="kill-") as place:
         directory = Path(place) / "host"
         shutil.copytree(template, directory)
-        run = directory / "run"
-        end = disturb(kind, directory, rng, trial)
-        trial.codes = end.codes
-        trial.seconds_to_end = round(end.seconds - trial.disturbed_at, 2)
-        saved, reached = complete_step(run), steps_of(run)
-        damaged = None
-        if kind in ("truncated file", "flipped bit") and saved:
-            damaged = spoil_a_file(run, rng, flip=kind == "flipped bit")
-            saved = 0
-        trial.steps_lost = reached - saved
-        again = end
-        while any(again.codes) and trial.restarts < 3:
-            again = Job(directory, fine_tune, directory).wait()
-            trial.restarts += 1
-            if "Traceback" in again.output:
-                trial.failure = again.output[-3000:]
-            elif any(again.codes) and damaged and damaged in again.output:
-                shutil.rmtree(run / "checkpoints" / damaged)  # the remedy that the message names
-            elif any(again.codes):
-                trial.failure = again.output[-3000:]
-            elif (taken := steps_taken(again.output)) < saved:
-                trial.failure = f"step {saved} was saved, but step {taken} was resumed"
-        if end.hung or again.hung or any(again.codes):
-            trial.failure = f"hung or not finished: {end} {again}"[-3000:]
-        elif result_of(run) != expected:
-            trial.failure = f"not the undisturbed result: {rows_of(run, 'loss')}"
+        with small_disk(directory / "run") if kind == FULL_DISK else contextlib.nullcontext():
+            begin_and_go_on(trial, rng, directory, expected)
     return trial
+
+
+def begin_and_go_on(trial, rng, directory, expected):
+    run, kind = directory / "run", trial.kind
+    end = disturb(kind, directory, rng, trial)
+    trial.codes = end.codes
+    trial.seconds_to_end = round(end.seconds - trial.disturbed_at, 2)
+    said = re.search(r"(error( on rank \d+)?: |Stopped by ).*", end.output)
+    trial.message = said[0][:300] if said else ""
+    saved, reached = complete_step(run), steps_of(run)
+    damaged = None
+    if kind in ("truncated file", "flipped bit") and saved:
+        damaged = spoil_a_file(run, rng, flip=kind == "flipped bit")
+        saved = 0
+    trial.steps_lost = reached - saved
+    again = end
+    while any(again.codes) and trial.restarts < 3:
+        again = Job(directory, fine_tune, directory).wait()
+        trial.restarts += 1
+        if "Traceback" in again.output:
+            trial.failure = again.output[-3000:]
+        elif any(again.codes) and damaged and damaged in again.output:
+            shutil.rmtree(run / "checkpoints" / damaged)  # the remedy that the message names
+        elif any(again.codes):
+            trial.failure = again.output[-3000:]
+        elif (taken := steps_taken(again.output)) < saved:
+            trial.failure = f"step {saved} was saved, but step {taken} was resumed"
+    if end.hung or again.hung or any(again.codes):
+        trial.failure = f"hung or not finished: {end} {again}"[-3000:]
+    elif result_of(run) != expected:
+        trial.failure = f"not the undisturbed result: {rows_of(run, 'loss')}"
 
 
 def steps_taken(output):
@@ -355,11 +313,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file of all trials")
     options = parser.parse_args()
+    kinds = [kind for kind in KINDS if kind != FULL_DISK or can_mount()]
     trials = []
     with tempfile.TemporaryDirectory(prefix="kill-runs-") as place:
         template, expected = undisturbed(place)
         for number in range(options.trials):
-            kind = KINDS[number % len(KINDS)]
+            kind = kinds[number % len(kinds)]
             trials.append(attempt(kind, options.seed + number, template, expected))
             print(number, asdict(trials[-1]), flush=True)
             if options.out:

@@ -1,6 +1,7 @@
 """What checkpoints cost: steps without saves, with saves at once, and with saves in the background.
 
     torchrun --nproc_per_node 1 tests/save_overhead.py --save-every 20 --output-dir /tmp/overhead
+    torchrun --nproc_per_node 4 tests/save_overhead.py --ring 2 --ulysses 2 --save-every 6 ...
 
 The shape of the model is SmolLM2-135M's (`make demo`), a quarter of its layers softmax. The three
 ways take turns, so that what else the machine does hits all of them. A save's cost is what its
@@ -45,7 +46,7 @@ def model_of(options):
 
 
 def start(options):
-    mesh = hybridsp.SPMesh(ulysses=1)
+    mesh = hybridsp.SPMesh(ring=options.ring, ulysses=options.ulysses)
     torch.manual_seed(0)
     model = model_of(options)
     model.activation_checkpointing_enable()
@@ -97,6 +98,8 @@ def main():
         "layers": 30,
         "vocabulary": 49152,
         "zero": 3,
+        "ring": 1,
+        "ulysses": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()

@@ -29,11 +29,11 @@ from hybridsp.distill import (
     Matching,
     Teacher,
     check_pair,
-    check_tokenizers,
     learning_only,
     two_rates,
 )
 from hybridsp.distill.align import layers_to_align
+from hybridsp.prepare import check_same_tokenizer
 from hybridsp.recipe import Recipe
 
 PRELOAD += [*DEEPSPEED, "hybridsp.distill"]
@@ -351,10 +351,10 @@ def test_pairs_that_cannot_teach_are_refused():
     with pytest.raises(ValueError, match="model is a llama without linear_attention layers"):
         check_pair(teacher, teacher, aligns=False)
 
-    check_tokenizers(Vocabulary("a", "b"), Vocabulary("a", "b"))
+    check_same_tokenizer("teacher", Vocabulary("a", "b"), "model", Vocabulary("a", "b"), "mend it")
     for other in (Vocabulary("a"), Vocabulary("b", "a"), Vocabulary("a", "c")):
         with pytest.raises(ValueError, match="teacher and model have different tokenizers"):
-            check_tokenizers(Vocabulary("a", "b"), other)
+            check_same_tokenizer("teacher", Vocabulary("a", "b"), "model", other, "mend it")
 
 
 def test_softmax_layers_that_lost_their_positions_are_aligned_too():

@@ -16,8 +16,9 @@ from hybridsp.evaluate.needle import NeedleSettings, _question, _questions, find
 from hybridsp.evaluate.positions import edges_up_to, loss_by_context, loss_by_position
 from hybridsp.evaluate.statistics import clustered_mean, wilson_interval
 from hybridsp.evaluate.subject import Subject
-from hybridsp.evaluate.text import HeldOut, require_same_tokenizer
+from hybridsp.evaluate.text import HeldOut
 from hybridsp.mesh import SPMesh
+from hybridsp.prepare import check_same_tokenizer
 
 VOCAB = 100
 NEEDLES = NeedleSettings(keys=2, depths=2, samples=1)
@@ -328,7 +329,7 @@ def test_a_haystack_without_room_is_named():
 
 def test_different_tokenizers_are_refused():
     one, two = character_tokenizer(), character_tokenizer()
-    require_same_tokenizer("a", one, "b", two)
+    check_same_tokenizer("a", one, "b", two, "mend it")
     two.add_tokens(["HybridSP"])
-    with pytest.raises(ValueError, match=r"'a' and 'b' have different tokenizers .*HybridSP"):
-        require_same_tokenizer("a", one, "b", two)
+    with pytest.raises(ValueError, match=r"a and b have different tokenizers .*HybridSP.*mend it"):
+        check_same_tokenizer("a", one, "b", two, "mend it")

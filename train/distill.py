@@ -42,7 +42,6 @@ from hybridsp.distill import (
     PhaseLogger,
     Teacher,
     check_pair,
-    check_tokenizers,
     learning_only,
     load_distill_recipe,
     summarize,
@@ -53,7 +52,7 @@ from hybridsp.distill.report import format_summary
 from hybridsp.faults import EXIT_STOPPED, Position, Watchdog
 from hybridsp.launch import COLLECTIVE_TIMEOUT
 from hybridsp.mesh import SPMesh
-from hybridsp.prepare import load_prepared, load_tokenizer
+from hybridsp.prepare import check_same_tokenizer, load_prepared, load_tokenizer
 from hybridsp.pretrained import NO_CODE, check_config
 from hybridsp.recipe import Recipe
 from hybridsp.release import release
@@ -174,7 +173,13 @@ def check_teacher(recipe: DistillRecipe) -> Any:
     tokenizer = load_tokenizer(recipe.model)
     learns = [phase.name for phase in recipe.phases if phase.keys is not None]
     if learns:
-        check_tokenizers(load_tokenizer(recipe.teacher), tokenizer)
+        check_same_tokenizer(
+            "teacher",
+            load_tokenizer(recipe.teacher),
+            "model",
+            tokenizer,
+            "name the checkpoint that the model was converted from",
+        )
         pair = [load_config(folder) for folder in (recipe.teacher, recipe.model)]
         check_pair(*pair, aligns="align" in learns)
     return tokenizer

@@ -13,10 +13,12 @@ so. HybridGLA can compute every one of them that is refused here by name:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from hybridsp.convert.mapping import make_config
 from hybridsp.models.hybrid_gla import HybridGLAConfig
+from hybridsp.untrusted import shown
 
 # GLAConfig's own defaults, which a config.json may leave out.
 DEFAULTS: dict[str, Any] = {
@@ -63,6 +65,42 @@ GATE_RANK, GATE_NORMALIZER = 16, 16
 ATTENTION_DEFAULTS = {"num_kv_heads": None, "qkv_bias": False, "window_size": None}
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 < value < math.inf
+
+
+def _is_list_of_indices(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(type(index) is int for index in value)
+
+
+# What a field is reckoned with as, in words and as a test. HybridGLAConfig checks all others.
+Kind = tuple[str, Callable[[object], bool]]
+COUNT: Kind = ("a whole number above 0", _is_count)
+FACTOR: Kind = ("a number above 0", _is_factor)
+COUNT_OR_NULL: Kind = (f"{COUNT[0]} or null", lambda value: value is None or _is_count(value))
+FACTOR_OR_NULL: Kind = (f"{FACTOR[0]} or null", lambda value: value is None or _is_factor(value))
+GLA_KINDS = {
+    "hidden_size": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_heads": COUNT,
+    "num_kv_heads": COUNT_OR_NULL,
+    "expand_k": FACTOR,
+    "expand_v": FACTOR,
+    "hidden_ratio": FACTOR_OR_NULL,
+    "intermediate_size": COUNT_OR_NULL,
+}
+ATTENTION_KINDS = {
+    "layers": ("a list of layer numbers", _is_list_of_indices),
+    "num_heads": COUNT,
+    "num_kv_heads": COUNT_OR_NULL,
+    "rope_theta": FACTOR,
+}
+
+
 def hybrid_config_of_gla(fields: Mapping[str, Any]) -> HybridGLAConfig:
     """The HybridGLA config that computes what a GLA config does.
 
@@ -73,13 +111,14 @@ def hybrid_config_of_gla(fields: Mapping[str, Any]) -> HybridGLAConfig:
         ValueError: a field that HybridGLA cannot follow; its name, value and what to do.
     """
     gla = DEFAULTS | dict(fields)
+    _check_kinds(gla, GLA_KINDS)
     _refuse_unsupported(gla)
     attention = _attention(gla)
     layers = attention["layers"]
     hidden, heads = gla["hidden_size"], gla["num_heads"]
     softmax_heads = attention.get("num_heads", heads)
     value_dim = _head_dim(gla, "expand_v")
-    return HybridGLAConfig(
+    return make_config(
         **{name: gla[name] for name in SAME_NAME},
         intermediate_size=_intermediate_size(gla),
         hidden_act="silu",
@@ -210,10 +249,26 @@ def _refuse_unsupported(gla: Mapping[str, Any]) -> None:
             )
 
 
+def _check_kinds(fields: Mapping[str, Any], kinds: Mapping[str, Kind], where: str = "") -> None:
+    for name, (kind, holds) in kinds.items():
+        if name in fields and not holds(fields[name]):
+            raise ValueError(
+                f"{where}{name} = {shown(fields[name])} of this GLA checkpoint is not {kind}; mend "
+                "its config.json or download it again"
+            )
+
+
 def _attention(gla: Mapping[str, Any]) -> dict[str, Any]:
     """Fla's `attn`: None, one description of softmax layers or a list of them, as one."""
     given = gla["attn"] or {"layers": []}
-    entries = [given] if isinstance(given, Mapping) else list(given)
+    entries = given if isinstance(given, list) else [given]
+    for entry in entries:
+        if not isinstance(entry, Mapping) or "layers" not in entry:
+            raise ValueError(
+                f"attn = {shown(given)} of this GLA checkpoint does not say which layers are "
+                'softmax; fla writes {"layers": [1], "num_heads": 4}, a list of such, or null'
+            )
+        _check_kinds(entry, ATTENTION_KINDS, "attn: ")
     layers = [i for entry in entries for i in entry["layers"]]
     shapes = [ATTENTION_DEFAULTS | {k: v for k, v in e.items() if k != "layers"} for e in entries]
     if any(shape != shapes[0] for shape in shapes):
@@ -231,6 +286,12 @@ def _attention(gla: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"attn: layers names layer {outside[0]}, but the model's {gla['num_hidden_layers']} "
             f"layers are numbered 0 to {gla['num_hidden_layers'] - 1}"
+        )
+    heads = shapes[0].get("num_heads", gla["num_heads"])
+    if layers and gla["hidden_size"] % heads:
+        raise ValueError(
+            f"attn: num_heads = {heads} of this GLA checkpoint does not divide hidden_size = "
+            f"{gla['hidden_size']}; mend its config.json or download it again"
         )
     return shapes[0] | {"layers": layers}
 

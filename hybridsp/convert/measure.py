@@ -168,12 +168,15 @@ def write_ranking(costs: Sequence[LayerCost], kept: Sequence[int], folder: Path)
 
 @torch.no_grad()
 def _loss(model: PreTrainedModel, tokens: Tensor, *, repeated: bool = False) -> float:
-    """Mean loss per token; of the second half alone where it repeats the first."""
+    """Mean loss per token; where the second half repeats the first, of what repetition foretells.
+
+    That is all of the second half but its first token, before which nothing has been repeated yet.
+    """
     total = 0.0
     for window in tokens:
         logits = model(window[None], use_cache=False).logits[0, :-1]
         losses = F.cross_entropy(logits.float(), window[1:], reduction="none")
-        total += float(losses[len(window) // 2 - 1 :].mean() if repeated else losses.mean())
+        total += float(losses[len(window) // 2 :].mean() if repeated else losses.mean())
     return total / len(tokens)
 
 

@@ -28,7 +28,7 @@ from hybridsp.distill.match import Matching
 from hybridsp.distill.optimizer import learning_only, two_rates
 from hybridsp.distill.recipe import DistillRecipe, Phase, load_distill_recipe
 from hybridsp.distill.report import PhaseLogger, summarize
-from hybridsp.distill.teacher import Teacher, check_pair, check_tokenizers
+from hybridsp.distill.teacher import Teacher, check_pair
 
 __all__ = [
     "Alignment",
@@ -38,7 +38,6 @@ __all__ = [
     "PhaseLogger",
     "Teacher",
     "check_pair",
-    "check_tokenizers",
     "learning_only",
     "load_distill_recipe",
     "summarize",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hybridsp.adapters import ADAPTERS, decoder_layers
 from hybridsp.loss import count_labels
@@ -201,21 +201,4 @@ def check_pair(teacher: Any, student: Any, *, aligns: bool) -> None:
         )
 
 
-def check_tokenizers(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers by which a token means two things.
-
-    Raises:
-        ValueError: their vocabularies differ; names one token that does.
-    """
-    theirs, ours = teacher.get_vocab(), student.get_vocab()
-    different = sorted(t for t in theirs.keys() | ours.keys() if theirs.get(t) != ours.get(t))
-    if different:
-        token = different[0]
-        raise ValueError(
-            f"teacher and model have different tokenizers ({len(different)} tokens, such as "
-            f"{token!r}: {theirs.get(token)} and {ours.get(token)}): the teacher would read other "
-            "words; name the checkpoint that the model was converted from"
-        )
-
-
-__all__ = ["Teacher", "check_pair", "check_tokenizers"]
+__all__ = ["Teacher", "check_pair"]

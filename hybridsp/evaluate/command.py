@@ -24,9 +24,9 @@ from hybridsp.evaluate.options import Options, add_arguments
 from hybridsp.evaluate.positions import CurveOfLoss, loss_by_context, loss_by_position
 from hybridsp.evaluate.report import draw, render
 from hybridsp.evaluate.subject import Subject, load_subject
-from hybridsp.evaluate.text import HeldOut, load_held_out, require_same_tokenizer
+from hybridsp.evaluate.text import HeldOut, load_held_out
 from hybridsp.mesh import SPMesh
-from hybridsp.prepare import load_tokenizer
+from hybridsp.prepare import check_same_tokenizer, load_tokenizer
 from hybridsp.pretrained import check_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -156,7 +156,13 @@ def _tokenizer_of_all(options: Options) -> PreTrainedTokenizerBase:
     if options.teacher is not None:
         others.append(("teacher", options.teacher))
     for other, path in others:
-        require_same_tokenizer(name, tokenizer, other, load_tokenizer(path))
+        check_same_tokenizer(
+            name,
+            tokenizer,
+            other,
+            load_tokenizer(path),
+            "losses per token cannot be compared: evaluate them apart",
+        )
     return tokenizer
 
 

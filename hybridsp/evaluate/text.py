@@ -141,29 +141,10 @@ def load_held_out(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Hel
     return HeldOut(documents)
 
 
-def require_same_tokenizer(
-    name: str, tokenizer: PreTrainedTokenizerBase, other_name: str, other: PreTrainedTokenizerBase
-) -> None:
-    """Refuse to compare two models by their tokens if the tokens are not the same.
-
-    Raises:
-        ValueError: the vocabularies differ.
-    """
-    one, two = tokenizer.get_vocab(), other.get_vocab()
-    if one == two:
-        return
-    differing = sorted({token for token, _ in one.items() ^ two.items()})
-    raise ValueError(
-        f"models {name!r} and {other_name!r} have different tokenizers ({len(one)} and {len(two)} "
-        f"tokens; they differ in {differing[:3]} ...): losses per token cannot be compared; "
-        "evaluate them apart"
-    )
-
-
 def _spread(count: int, length: int, most_tokens: int | None) -> Tensor:
     """Indices of rows to keep, spread evenly over `count`; at least one."""
     kept = count if most_tokens is None else min(count, max(1, most_tokens // length))
     return torch.arange(kept) * count // kept
 
 
-__all__ = ["HeldOut", "Packed", "Windows", "load_held_out", "require_same_tokenizer"]
+__all__ = ["HeldOut", "Packed", "Windows", "load_held_out"]
