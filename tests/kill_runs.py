@@ -27,7 +27,7 @@ from unittest import mock
 
 import datasets
 from distributed import DEEPSPEED, PRELOAD
-from finetune_hosts import make_host, rows_of
+from finetune_hosts import SCRIPT, make_host, rows_of
 from rank_job import Job
 
 from hybridsp.train import finetune
@@ -240,7 +240,7 @@ def begin_and_go_on(trial, rng, directory, expected):
     trial.codes = end.codes
     trial.seconds_to_end = round(end.seconds - trial.disturbed_at, 2)
     said = re.search(r"(error( on rank \d+)?: |Stopped by ).*", end.output)
-    trial.message = said[0][:300] if said else ""
+    trial.message = said[0].replace(f"{SCRIPT.parents[1]}/", "")[:300] if said else ""
     saved, reached = complete_step(run), steps_of(run)
     damaged = None
     if kind in ("truncated file", "flipped bit") and saved:

@@ -1,8 +1,10 @@
 """The choices of a conversion: each reaches the model, and layers can be chosen by measuring."""
 
 import json
+import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hybridsp.cli import main
 from hybridsp.convert import convert, convert_model, measure_layers
 from hybridsp.convert.align import FitOptions, fit_layer, record_attention, relative_error
-from hybridsp.convert.measure import LayerCost, keep_costliest, measured_share
+from hybridsp.convert.measure import LayerCost, _loss, keep_costliest, measured_share
 
 # No weight is drawn at random.
 FIXED = {"linear_decay": "fixed"}
@@ -131,6 +133,31 @@ def test_layers_are_measured_alone_and_the_source_is_left_alone():
     silent = costs[1]
     assert max(abs(silent.recall), abs(silent.text)) < 1e-5
     assert all(abs(cost.text) > 1e-4 for cost in costs if cost.layer != 1)
+
+
+class Copier(torch.nn.Module):
+    """Knows what it has read: the token behind the last one's first occurrence, where it recurs."""
+
+    def forward(self, tokens, use_cache):
+        row = tokens[0].tolist()
+        logits = torch.zeros(1, len(row), 96)
+        for i, token in enumerate(row):
+            if token in row[:i]:
+                logits[0, i, row[row.index(token) + 1]] = 50.0
+        return SimpleNamespace(logits=logits)
+
+
+def test_recall_counts_only_what_repetition_foretells():
+    """The first token of the second half is none of it: nothing says that a repetition begins."""
+    passage = torch.arange(8).repeat(1, 2)
+    assert _loss(Copier(), passage, repeated=True) == pytest.approx(0.0, abs=1e-6)
+    # Alone, 8 tokens of 15 are guesses among 96.
+    assert _loss(Copier(), passage) == pytest.approx(8 / 15 * math.log(96))
+
+
+def test_a_choice_of_a_wrong_type_is_named():
+    with pytest.raises(ValueError, match="'linear_rope' expected bool, got str"):
+        convert_model(tiny_softmax_model(), linear_rope="yes")
 
 
 def test_the_costliest_layers_are_kept():
