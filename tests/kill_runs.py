@@ -196,8 +196,8 @@ KINDS = (
 )
 
 
-def disturb(kind, directory, rng, trial):
-    """The disturbed start of a trial's run; returns how it ended."""
+def disturb(kind, directory, rng, trial, at):
+    """The disturbed start of a trial's run; returns how it ended. `at` as in `attempt`."""
     run = directory / "run"
     overrides, limit, moment = [], None, None
     if kind == "kill":
@@ -216,6 +216,8 @@ def disturb(kind, directory, rng, trial):
     else:
         moment = AtStep(run, rng, kill_a_rank(rng))
         moment.step = rng.randrange(SAVE_EVERY + 1, STEPS)
+    if at is not None and type(moment) is AtStep:
+        moment.step, moment.delay = at, 0.0
     job = Job(directory, fine_tune, directory, overrides, limit)
     end = job.wait(moment or (lambda job: None))
     (run / FILLER).unlink(missing_ok=True)
@@ -223,20 +225,24 @@ def disturb(kind, directory, rng, trial):
     return end
 
 
-def attempt(kind, seed, template, expected):
-    """One trial, from the disturbance to the comparison."""
+def attempt(kind, seed, template, expected, at=None):
+    """One trial, from the disturbance to the comparison.
+
+    What disturbs the run at a step comes behind step `at`, or else at a moment drawn by the seed,
+    which on a fast machine may be after the run's end.
+    """
     rng, trial = random.Random(f"{kind} {seed}"), Trial(kind, seed)
     with tempfile.TemporaryDirectory(prefix="kill-") as place:
         directory = Path(place) / "host"
         shutil.copytree(template, directory)
         with small_disk(directory / "run") if kind == FULL_DISK else contextlib.nullcontext():
-            begin_and_go_on(trial, rng, directory, expected)
+            begin_and_go_on(trial, rng, directory, expected, at)
     return trial
 
 
-def begin_and_go_on(trial, rng, directory, expected):
+def begin_and_go_on(trial, rng, directory, expected, at):
     run, kind = directory / "run", trial.kind
-    end = disturb(kind, directory, rng, trial)
+    end = disturb(kind, directory, rng, trial, at)
     trial.codes = end.codes
     trial.seconds_to_end = round(end.seconds - trial.disturbed_at, 2)
     said = re.search(r"(error( on rank \d+)?: |Stopped by ).*", end.output)

@@ -35,7 +35,7 @@ def prepared(tmp_path_factory):
 def test_a_disturbed_run_ends_as_the_undisturbed_one(prepared, kind):
     if kind == FULL_DISK and not can_mount():
         pytest.skip("a disk that can be filled has to be mounted, which is not allowed here")
-    trial = attempt(kind, 0, *prepared)
+    trial = attempt(kind, 0, *prepared, at=STEPS // 2)
     assert not trial.failure
     assert trial.restarts >= 1
 
