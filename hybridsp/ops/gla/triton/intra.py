@@ -19,6 +19,7 @@ import triton.language as tl
 
 from hybridsp.ops.gla.triton.blocks import (
     in_two,
+    nearest_tf32,
     power,
     row_of,
     rows_of_subchunks,
@@ -76,6 +77,8 @@ def product_in_two(left_high, left_low, right, total):
 @triton.jit
 def mild_scores(read, written, PRECISION: tl.constexpr):
     """[C, C] of q 2^(b - r) and k 2^(r - b), unscaled, whatever stands above the diagonal."""
+    if PRECISION == "tf32":
+        read, written = nearest_tf32(read), nearest_tf32(written)
     return tl.dot(read, tl.trans(written), input_precision=PRECISION)
 
 
@@ -89,7 +92,7 @@ def strong_scores(q, k, b, C: tl.constexpr, N: tl.constexpr, PRECISION: tl.const
         start = row_of(b, later * SUB - 1, C)[None, :]
         read = tl.where((sub == later)[:, None], q * power(tl.minimum(b - start, 0.0)), 0.0)
         written = tl.where((sub < later)[:, None], k * power(tl.minimum(start - b, 0.0)), 0.0)
-        scores += tl.dot(read, tl.trans(written), input_precision=PRECISION)
+        scores += mild_scores(read, written, PRECISION)
     for j in range(SUB):
         k_j = rows_of_subchunks(k, j, C, SUB, N)
         b_j = rows_of_subchunks(b, j, C, SUB, N)
