@@ -1,4 +1,4 @@
-"""Hosts on which train/finetune.py runs: a tiny model, documents and a recipe on each.
+"""Hosts on which a script of train/ runs: a tiny model, documents and a recipe on each.
 
 Each rank of the harness has a directory of its own, as two hosts without a shared disk have it;
 only the run's output lies where both see it.
@@ -77,7 +77,7 @@ def rows_of(run, key):
     return {row["step"]: row[key] for row in rows if key in row}
 
 
-def run_script(hosts, arguments):
+def run_script(hosts, arguments, main=finetune.main):
     """`main` on this rank, in its host's directory: exit code, standard output, error message."""
     os.chdir(hosts / HOSTS[int(os.environ["RANK"])])
     out, err = io.StringIO(), io.StringIO()
@@ -91,7 +91,7 @@ def run_script(hosts, arguments):
         contextlib.redirect_stderr(err),
     ):
         try:
-            finetune.main(["recipe.yaml", *arguments])
+            main(["recipe.yaml", *arguments])
         except SystemExit as stop:
             code = stop.code
     error = re.search(r"^error( on rank \d+)?: .*", err.getvalue(), re.DOTALL | re.MULTILINE)

@@ -4,26 +4,20 @@ Its `main` runs on two ranks of the harness, each in a directory of its own, as 
 shared disk have it; only the run's output lies where both see it.
 """
 
-import contextlib
-import io
 import json
-import os
-import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import datasets
 import pytest
 import torch
 import yaml
 from distributed import DEEPSPEED, PRELOAD, run_ranks
-from finetune_hosts import HOSTS, byte_tokenizer, make_host
+from finetune_hosts import HOSTS, byte_tokenizer, make_host, run_script
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hybridsp.convert import convert_model
-from hybridsp.train import console, distill
+from hybridsp.train import distill
 
 PRELOAD += [*DEEPSPEED, distill.__name__]
 
@@ -104,29 +98,9 @@ def project(tmp_path_factory):
     return directory
 
 
-def run_script(hosts, arguments):
-    """`main` on this rank, in its host's directory: exit code, standard output, error message."""
-    os.chdir(hosts / HOSTS[int(os.environ["RANK"])])
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    clock = SimpleNamespace(sleep=lambda seconds: None)
-    with (
-        mock.patch.object(datasets.config, "HF_DATASETS_CACHE", Path("cache").absolute()),
-        mock.patch.object(console, "time", clock),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            distill.main(["recipe.yaml", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-    error = re.search(r"^error( on rank \d+)?: .*", err.getvalue(), re.DOTALL | re.MULTILINE)
-    return code, out.getvalue(), error[0] if error else ""
-
-
 def succeed(directory, *arguments):
     """Output of rank 0."""
-    results = run_ranks(run_script, 2, directory, arguments, timeout=240)
+    results = run_ranks(run_script, 2, directory, arguments, distill.main, timeout=240)
     assert [code for code, _, _ in results] == [0, 0], results[0]
     return results[0][1]
 

@@ -3,7 +3,8 @@
 Every rank runs the same script, and the libraries below it warn on each of them. Here all but rank
 0 fall silent, and an error that says by itself what is wrong (a `ValueError`, which in this project
 names a value and its remedy, a file's `OSError`, or a failed self-check) ends the job with that
-text and exit code 2 instead of as many tracebacks as there are ranks.
+text and exit code 2 instead of as many tracebacks as there are ranks. Errors of other kinds, lost
+and hanging ranks are the watchdog's (`hybridsp.faults`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 
 import datasets
+import torch.distributed as dist
 import transformers
 
-from hybridsp.launch import rank_from_environment
-from hybridsp.recipe import one_line
+from hybridsp.faults import Position, Watchdog
+from hybridsp.launch import COLLECTIVE_TIMEOUT, rank_from_environment
+from hybridsp.mesh import SPMesh
+from hybridsp.recipe import Recipe, one_line
 from hybridsp.self_check import SelfCheckError
 from hybridsp.untrusted import redact
 
@@ -72,4 +78,28 @@ def errors_of_users(*, show_traceback: bool) -> Iterator[None]:
         sys.exit(2)
 
 
-__all__ = ["USER_ERRORS", "errors_of_users", "keep_quiet"]
+@contextlib.contextmanager
+def watched_job(recipe: Recipe, output_dir: str | Path) -> Iterator[tuple[SPMesh, Position]]:
+    """The job's ranks as the recipe's mesh, watched; the processes part when all have left it.
+
+    Args:
+        recipe: says `ring`, `ulysses` and `hang_timeout`.
+        output_dir: where reports of faults go.
+
+    Yields:
+        The mesh, and where this rank stands, to be kept up to date.
+
+    Raises:
+        ValueError: the ranks do not fill the mesh.
+    """
+    # The watchdog is the first to lose patience: a collective's own timeout says less.
+    patience = max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=recipe.hang_timeout))
+    mesh = SPMesh(ring=recipe.ring, ulysses=recipe.ulysses, timeout=patience)
+    keep_quiet(is_main=mesh.rank == 0)
+    watchdog = Watchdog(mesh, output_dir, hang_timeout=recipe.hang_timeout, user_errors=USER_ERRORS)
+    with watchdog:
+        yield mesh, watchdog.position
+    dist.destroy_process_group()
+
+
+__all__ = ["USER_ERRORS", "errors_of_users", "keep_quiet", "watched_job"]

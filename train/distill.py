@@ -20,12 +20,10 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from transformers import AutoConfig
 
@@ -49,15 +47,14 @@ from hybridsp.distill import (
 )
 from hybridsp.distill.recipe import DistillKeys
 from hybridsp.distill.report import format_summary
-from hybridsp.faults import EXIT_STOPPED, Position, Watchdog
-from hybridsp.launch import COLLECTIVE_TIMEOUT
+from hybridsp.faults import EXIT_STOPPED, Position
 from hybridsp.mesh import SPMesh
 from hybridsp.prepare import check_same_tokenizer, load_prepared, load_tokenizer
 from hybridsp.pretrained import NO_CODE, check_config
 from hybridsp.recipe import Recipe
 from hybridsp.release import release
 from hybridsp.train import finetune
-from hybridsp.train.console import USER_ERRORS, errors_of_users, keep_quiet
+from hybridsp.train.console import errors_of_users, watched_job
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,15 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with errors_of_users(show_traceback=options.traceback):
         recipe = load_distill_recipe(options.recipe, options.overrides)
         shared = recipe.phases[0].recipe
-        patience = max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=shared.hang_timeout))
-        mesh = SPMesh(ring=shared.ring, ulysses=shared.ulysses, timeout=patience)
-        keep_quiet(is_main=mesh.rank == 0)
-        watchdog = Watchdog(
-            mesh, recipe.output_dir, hang_timeout=shared.hang_timeout, user_errors=USER_ERRORS
-        )
-        with watchdog:
-            stopped = run(recipe, mesh, watchdog.position)
-        dist.destroy_process_group()
+        with watched_job(shared, recipe.output_dir) as (mesh, position):
+            stopped = run(recipe, mesh, position)
         if stopped is not None:
             sys.exit(EXIT_STOPPED)
 

@@ -21,12 +21,10 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,7 +39,6 @@ from hybridsp.faults import (
     BadSteps,
     Position,
     StopSignals,
-    Watchdog,
     batch_facts,
     check_in_step,
     check_room,
@@ -49,14 +46,13 @@ from hybridsp.faults import (
     follow,
     settings_facts,
 )
-from hybridsp.launch import COLLECTIVE_TIMEOUT
 from hybridsp.lora import add_lora, export_merged
 from hybridsp.mesh import SPMesh
 from hybridsp.metrics import RunLogger
 from hybridsp.prepare import load_prepared, load_tokenizer, num_embeddings
 from hybridsp.pretrained import num_parameters
 from hybridsp.recipe import Recipe, load_recipe
-from hybridsp.train.console import USER_ERRORS, errors_of_users, keep_quiet
+from hybridsp.train.console import errors_of_users, watched_job
 
 # The batches of one stage: endless ones to train on, and one pass over the evaluation data.
 StageData = tuple[PackedLoader, PackedLoader | None]
@@ -71,15 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     with errors_of_users(show_traceback=options.traceback):
         recipe = load_recipe(options.recipe, options.overrides)
-        patience = max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=recipe.hang_timeout))
-        mesh = SPMesh(ring=recipe.ring, ulysses=recipe.ulysses, timeout=patience)
-        keep_quiet(is_main=mesh.rank == 0)
-        watchdog = Watchdog(
-            mesh, recipe.output_dir, hang_timeout=recipe.hang_timeout, user_errors=USER_ERRORS
-        )
-        with watchdog:
-            exported = fine_tune(recipe, mesh, watchdog.position)
-        dist.destroy_process_group()
+        with watched_job(recipe, recipe.output_dir) as (mesh, position):
+            exported = fine_tune(recipe, mesh, position)
         if exported is None:
             sys.exit(EXIT_STOPPED)
         if mesh.rank == 0 and recipe.generate_prompt is not None:

@@ -8,8 +8,6 @@ raised before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from transformers import (
 
 from hybridsp.convert.mapping import SUPPORTED_MODEL_TYPES
 from hybridsp.pretrained import NO_CODE, check_safetensors, load_causal_lm
-from hybridsp.untrusted import read_json
+from hybridsp.untrusted import read_json, reading
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -61,7 +59,7 @@ class Source:
         else:
             _check_config_file(self.folder / "config.json")
             check_safetensors(self.folder)
-        with _blame(self.path, "config"):
+        with reading(self.path, "config"):
             config = AutoConfig.from_pretrained(**self._location, **NO_CODE)
         if self.gguf_file:
             _check_gguf_used_up(self.path, num_tensors, config)
@@ -75,7 +73,7 @@ class Source:
         """
         if not self.gguf_file and not any((self.folder / n).exists() for n in TOKENIZER_FILES):
             return None
-        with _blame(self.path, "tokenizer"):
+        with reading(self.path, "tokenizer"):
             return AutoTokenizer.from_pretrained(**self._location, **NO_CODE)
 
     def load_model(
@@ -204,20 +202,8 @@ def _check_gguf_used_up(path: Path, num_tensors: int, config: PretrainedConfig) 
 def _read_gguf(path: Path) -> Any:
     from gguf import GGUFReader
 
-    with _blame(path, "GGUF header"):
+    with reading(path, "GGUF header"):
         return GGUFReader(path)
-
-
-@contextmanager
-def _blame(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a library runs into while reading a broken file into one kind of error."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"the {what} of {path} cannot be read ({type(error).__name__}: {error}); "
-            "repair it or download it again"
-        ) from error
 
 
 def _gguf_field(reader: Any, name: str) -> Any:

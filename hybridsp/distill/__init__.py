@@ -12,6 +12,7 @@ arXiv:2505.03005; MambaInLlama, arXiv:2408.15237):
 
     recipe.py      one file for the three, each with the keys of a fine-tuning recipe
     teacher.py     the frozen model: parallelized, sharded where the student is
+    objective.py   what both objectives have in common
     align.py       the first objective; layers do not depend on each other
     match.py       the second; divergence.py is its mathematics
     optimizer.py   two learning rates

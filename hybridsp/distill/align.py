@@ -27,12 +27,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hybridsp.adapters import ADAPTERS, decoder_layers
+from hybridsp.distill.objective import Objective
 from hybridsp.distill.teacher import Teacher
 from hybridsp.loss import TokenMean
 from hybridsp.ops.cross_entropy import IGNORED_LABEL
 
 
-class Alignment:
+class Alignment(Objective):
     """Makes a student's forward, in training, return how far its new layers are from the teacher's.
 
     Args:
@@ -46,15 +47,13 @@ class Alignment:
     """
 
     def __init__(self, student: PreTrainedModel, teacher: Teacher) -> None:
-        self.student, self.teacher = student, teacher
+        super().__init__(student, teacher)
         self.layers = layers_to_align(student.config)
         self._errors = torch.zeros(len(self.layers), dtype=torch.float64)
         self._count = 0
-        self._own_forward = student.forward
         layers = decoder_layers(student)
         for index in self.layers:
             layers[index].forward = MethodType(_layer_forward, layers[index])
-        student.forward = self._forward
 
     def metrics(self) -> dict[str, float]:
         """Relative squared errors since the last call, the same on every rank.
@@ -67,27 +66,16 @@ class Alignment:
         by_layer = {f"mse/layer_{i:02d}": e for i, e in zip(self.layers, errors, strict=True)}
         return {"mse": sum(errors) / len(errors), **by_layer}
 
-    def _forward(
+    def answer(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor,
         *,
-        position_ids: Tensor | None = None,
-        shift_labels: Tensor | None = None,
+        position_ids: Tensor,
+        shift_labels: Tensor,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As a parallelized model's forward; each micro-batch weighs alike in a step."""
-        if not self.student.training:
-            return self._own_forward(
-                input_ids,
-                position_ids=position_ids,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
-        assert input_ids is not None, "shard_batch makes it"
-        assert position_ids is not None, "shard_batch makes it"
-        assert shift_labels is not None, "shard_batch makes it"
+        """See `Objective.answer`; each micro-batch weighs alike in a step."""
         counts = shift_labels != IGNORED_LABEL
         layers = decoder_layers(self.student)
         kinds = self.student.config.layer_types

@@ -15,12 +15,13 @@ T^2 keeps the size of the gradient, which falls as 1 / T^2, what it is at T = 1.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hybridsp.ops.cross_entropy import IGNORED_LABEL, TOKENS_PER_TILE
+from hybridsp.ops.cross_entropy import TOKENS_PER_TILE, TiledHead, cross_entropy_gradient
 
 
 def tiled_divergence(
@@ -70,107 +71,44 @@ def tiled_divergence(
             f"temperature = {temperature} must be positive, ce_weight = {ce_weight} not negative, "
             f"tokens_per_tile = {tokens_per_tile} at least 1"
         )
-    options = (temperature, ce_weight, tokens_per_tile, torch.is_grad_enabled())
-    return TiledDivergence.apply(
-        hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), labels, *options
+    losses_of = functools.partial(
+        _divergence,
+        teacher_tokens=teacher_hidden.flatten(0, 1),
+        teacher_weight=teacher_weight,
+        temperature=temperature,
+        ce_weight=ce_weight,
     )
+    learns = torch.is_grad_enabled()
+    return TiledHead.apply(hidden, weight, labels, losses_of, tokens_per_tile, learns)
 
 
-class TiledDivergence(torch.autograd.Function):
-    """Two heads, KL divergence and cross-entropy in one.
-
-    forward   hidden [B, L, D], weight [N, D], of the teacher too -> (loss, KL, CE), sums
-    backward  dloss -> dhidden [B, L, D], dweight [N, D]     computed forward, scaled here
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        teacher_hidden,
-        teacher_weight,
-        labels,
-        temperature,
-        ce_weight,
-        tokens_per_tile,
-        learns,
-    ):
-        wanted = [learns and needed for needed in ctx.needs_input_grad[:2]]
-        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-        dhidden = dweight = None
-        if wanted[0]:
-            dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        if wanted[1]:
-            dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        flat = [x.flatten(0, 1).split(tokens_per_tile) for x in (hidden, teacher_hidden)]
-        rows = 0
-        for tokens, of_teacher, targets in zip(
-            *flat, labels.flatten().split(tokens_per_tile), strict=True
-        ):
-            logits = (tokens @ weight.T).float()
-            wished = (of_teacher @ teacher_weight.T).float()
-            dlogits = _tile(logits, wished, targets, sums, temperature, ce_weight, any(wanted))
-            if dlogits is not None:
-                dlogits = dlogits.to(hidden.dtype)
-                if dhidden is not None:
-                    dhidden.view(-1, hidden.shape[-1])[rows : rows + len(targets)] = (
-                        dlogits @ weight
-                    )
-                if dweight is not None:
-                    dweight += (dlogits.T @ tokens).float()
-            rows += len(targets)
-        ctx.dtype = weight.dtype
-        ctx.save_for_backward(dhidden, dweight)
-        kl, ce = sums.unbind()
-        loss = temperature**2 * kl + ce_weight * ce
-        ctx.mark_non_differentiable(kl, ce)
-        return loss, kl, ce
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss, _dkl, _dce):
-        dhidden, dweight = ctx.saved_tensors
-        dhidden = (dhidden.float() * dloss).to(ctx.dtype) if dhidden is not None else None
-        dweight = (dweight * dloss).to(ctx.dtype) if dweight is not None else None
-        return dhidden, dweight, None, None, None, None, None, None, None
-
-
-def _tile(
+def _divergence(
     logits: Tensor,
-    wished: Tensor,
-    targets: Tensor,
-    sums: Tensor,
+    picked: Tensor,
+    rows: slice,
+    learns: bool,
+    *,
+    teacher_tokens: Tensor,
+    teacher_weight: Tensor,
     temperature: float,
     ce_weight: float,
-    learns: bool,
-) -> Tensor | None:
-    """Adds a tile's (KL, CE) to `sums` [2]; returns the gradient of its logits, if wanted.
-
-    Args:
-        logits: the student's, fp32 [tokens, vocabulary]; overwritten.
-        wished: the teacher's, as `logits`.
-        targets: labels [tokens].
-    """
-    # By gathering and masking: an index made of booleans would wait for the GPU every tile.
-    valid = (targets != IGNORED_LABEL)[:, None]
-    picked = torch.where(valid, targets[:, None], 0)
-    log_q1 = F.log_softmax(logits, dim=-1)
-    # Chosen, not multiplied: what an ignored token has may be infinite.
-    sums[1] -= torch.where(valid, log_q1.gather(1, picked), 0.0).sum()
-    log_q = log_q1 if temperature == 1 else F.log_softmax(logits / temperature, dim=-1)
+) -> tuple[Tensor, Tensor | None]:
+    """(loss, KL, CE) of a tile's tokens and the gradient of its logits, as `TiledHead` asks."""
+    log_q1 = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    ce = -log_q1.gather(1, picked)
+    log_q = log_q1 if temperature == 1 else F.log_softmax(log_q1 / temperature, dim=-1)
+    wished = (teacher_tokens[rows] @ teacher_weight.T).float()
     log_p = F.log_softmax(wished / temperature, dim=-1)
     p = log_p.exp()
     # A word that the teacher holds impossible costs nothing, whatever the student says of it.
-    divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1, keepdim=True)
-    sums[0] += torch.where(valid, divergence, 0.0).sum()
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1, keepdim=True)
+    losses = torch.cat([temperature**2 * kl + ce_weight * ce, kl, ce], dim=1)
     if not learns:
-        return None
+        return losses, None
     dlogits = (log_q.exp() - p).mul_(temperature)
     if ce_weight:
-        ones = torch.ones_like(picked, dtype=log_q1.dtype)
-        dlogits += log_q1.exp().scatter_add_(1, picked, -ones).mul_(ce_weight)
-    return dlogits.masked_fill_(~valid, 0.0)
+        dlogits.add_(cross_entropy_gradient(log_q1, picked), alpha=ce_weight)
+    return losses, dlogits
 
 
 __all__ = ["tiled_divergence"]

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hybridsp.distill.divergence import tiled_divergence
+from hybridsp.distill.objective import Objective
 from hybridsp.distill.teacher import Teacher
 from hybridsp.loss import TokenMean, count_labels
 
 
-class Matching:
+class Matching(Objective):
     """Makes a student's forward, in training, return how far it is from the teacher's predictions.
 
     Args:
@@ -43,12 +44,11 @@ class Matching:
         temperature: float = 1.0,
         ce_weight: float = 0.0,
     ) -> None:
-        self.student, self.teacher = student, teacher
+        super().__init__(student, teacher)
         self.temperature, self.ce_weight = temperature, ce_weight
         self._sums = torch.zeros(3, dtype=torch.float64)
-        self._own_forward, self._own_head = student.forward, student.lm_head.forward
+        self._own_head = student.lm_head.forward
         student.lm_head.forward = MethodType(self._head_forward, student.lm_head)
-        student.forward = self._forward
 
     def metrics(self) -> dict[str, float]:
         """`kl` and `ce`, means over the labels since the last call, the same on every rank."""
@@ -58,28 +58,17 @@ class Matching:
         self._sums.zero_()
         return {"kl": kl / max(labels, 1), "ce": ce / max(labels, 1)}
 
-    def _forward(
+    def answer(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor,
         *,
-        position_ids: Tensor | None = None,
-        shift_labels: Tensor | None = None,
+        position_ids: Tensor,
+        shift_labels: Tensor,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As a parallelized model's forward."""
+        """See `Objective.answer`."""
         student = self.student
-        if not student.training:
-            return self._own_forward(
-                input_ids,
-                position_ids=position_ids,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
-        assert input_ids is not None, "shard_batch makes it"
-        assert position_ids is not None, "shard_batch makes it"
-        assert shift_labels is not None, "shard_batch makes it"
         teacher_hidden = self.teacher.hidden_states(input_ids, position_ids, **kwargs)
         output = student.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs
