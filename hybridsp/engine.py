@@ -39,6 +39,7 @@ from hybridsp.deepspeed_config import (
 )
 from hybridsp.loss import TokenMean, count_labels
 from hybridsp.mesh import SPMesh
+from hybridsp.release import released_on_error
 from hybridsp.self_check import self_check as prove
 
 # DeepSpeed settings that change how gradients are summed, scaled or reported, or let pass one that
@@ -130,19 +131,20 @@ def initialize(
         # the layer's input.
         model.enable_input_require_grads()
     model.train()
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        config=config,
-        mpu=mesh.mpu,
-        dist_init_required=False,
-    )
-    token_mean: TokenMean = model.token_mean
-    token_mean.micro_batches = engine.gradient_accumulation_steps()
-    token_mean.gradient_factor = float(_divisor(engine, mesh) * token_mean.micro_batches)
-    if self_check:
-        prove(engine, mesh)
+    with released_on_error(model):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=config,
+            mpu=mesh.mpu,
+            dist_init_required=False,
+        )
+        token_mean: TokenMean = model.token_mean
+        token_mean.micro_batches = engine.gradient_accumulation_steps()
+        token_mean.gradient_factor = float(_divisor(engine, mesh) * token_mean.micro_batches)
+        if self_check:
+            prove(engine, mesh)
     return engine
 
 

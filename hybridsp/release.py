@@ -4,11 +4,15 @@ A process that makes several engines, as a distillation or a benchmark does, end
 makes the next. `engine.destroy` takes DeepSpeed's hooks away, and what is left refers to itself
 only, for Python's garbage collector to find. Not so with ZeRO-3: DeepSpeed 0.19.8 keeps two things
 outside of its engines that reach the model, through the model's hooks the engine, and so
-everything that was sharded: this rank's weights, gradients and optimizer states.
+everything that was sharded: this rank's weights, gradients and optimizer states. An engine that
+fails while it is made leaves the same behind, and is in nobody's hands.
 """
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -24,6 +28,26 @@ def release(engine: Any) -> None:
     if engine.zero_optimization_stage() == 3:
         _leave_forward_stack(engine)
         _forget_schedules()
+
+
+@contextmanager
+def released_on_error(model: Any) -> Iterator[None]:
+    """Release the engine of a model, whole or half made, if the block that makes it raises.
+
+    Args:
+        model: what is passed to `deepspeed.initialize` in the block.
+    """
+    from deepspeed import DeepSpeedEngine
+
+    try:
+        yield
+    except BaseException:
+        # DeepSpeed hands out none that failed, but its hooks keep it.
+        engines = [thing for thing in gc.get_objects() if type(thing) is DeepSpeedEngine]
+        for engine in engines:
+            if getattr(engine, "module", None) is model:
+                release(engine)
+        raise
 
 
 def _leave_forward_stack(engine: Any) -> None:
@@ -52,4 +76,4 @@ def _forget_schedules() -> None:
                 cell.cell_contents.cache_clear()
 
 
-__all__ = ["release"]
+__all__ = ["release", "released_on_error"]

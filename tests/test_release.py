@@ -40,14 +40,19 @@ def take_steps(engine, mesh, steps=STEPS):
     return [hybridsp.train_step(engine, [batch]).loss for _ in range(steps)]
 
 
-def watch(engine):
-    """Weak references to what has a size, and to what reaches it, by name."""
-    optimizer = engine.optimizer
-    things = {"engine": engine, "optimizer": optimizer, "model": engine.module}
-    for name, parameter in engine.module.named_parameters():
+def parts_of(model):
+    things = {"model": model}
+    for name, parameter in model.named_parameters():
         things[name] = parameter
         if hasattr(parameter, "ds_tensor"):
             things[f"{name}, this rank's part"] = parameter.ds_tensor
+    return things
+
+
+def watch(engine):
+    """Weak references to what has a size, and to what reaches it, by name."""
+    optimizer = engine.optimizer
+    things = {"engine": engine, "optimizer": optimizer, **parts_of(engine.module)}
     for index, states in enumerate(getattr(optimizer, "state", {}).values()):
         tensors = {key: value for key, value in states.items() if torch.is_tensor(value)}
         things |= {f"{key} {index}": value for key, value in tensors.items()}
@@ -90,12 +95,19 @@ def test_nothing_of_an_engine_is_left(ranks):
         assert left == [[]] * len(CASES)
 
 
+def engines_left():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    gc.collect()
+    return sum(type(thing) is DeepSpeedEngine for thing in gc.get_objects())
+
+
+def stop(*_):
+    raise MemoryError
+
+
 def fail_and_release(mesh):
     """Stopped where memory runs out: inside a layer."""
-
-    def stop(*_):
-        raise MemoryError
-
     engine = make_engine(mesh)
     take_steps(engine, mesh)
     engine.module.get_decoder().layers[2].register_forward_pre_hook(stop)
@@ -128,6 +140,31 @@ def test_nothing_is_left_of_a_failed_engine_nor_of_a_teacher():
         assert left == [[], []]
 
 
+def fail_to_make(mesh, stage, *, self_check):
+    """Stopped in its self-check, or by DeepSpeed once it has the optimizer."""
+    model, config = tiny_model(), deepspeed_config(stage, **ADAM)
+    hybridsp.parallelize(model, mesh)
+    if self_check:
+        model.get_decoder().layers[-1].register_forward_pre_hook(stop)
+    else:
+        config["scheduler"] = {"type": "WarmupLR", "params": {"an option": "it does not have"}}
+    with pytest.raises(MemoryError if self_check else TypeError):
+        hybridsp.initialize(model, mesh, config, self_check=self_check)
+    return {name: weakref.ref(part) for name, part in parts_of(model).items()}
+
+
+def what_is_left_of_none():
+    mesh = hybridsp.SPMesh(ulysses=2)
+    cases = [(stage, self_check) for stage in STAGES for self_check in (False, True)]
+    return [alive(fail_to_make(mesh, s, self_check=c)) for s, c in cases], engines_left()
+
+
+def test_nothing_is_left_of_an_engine_that_could_not_be_made():
+    for left, engines in run_ranks(what_is_left_of_none, 2, timeout=180):
+        assert left == [[]] * 2 * len(STAGES)
+        assert engines == 0
+
+
 def steps_beside_another():
     """Losses of an engine alone, and of one beside which two others end, one inside a forward."""
     mesh = hybridsp.SPMesh()
@@ -149,8 +186,6 @@ def test_others_go_on_as_before():
 
 def engines_after_each_row(model):
     """How many there are behind each row of the benchmarks that run several in one process."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
     mesh = hybridsp.SPMesh(ulysses=torch.distributed.get_world_size())
     setting = Setting(
         gpus=mesh.world_size, ring=1, ulysses=mesh.world_size, stage=3, dtype_bytes=4, tiled_mlp=7
@@ -162,8 +197,7 @@ def engines_after_each_row(model):
         lambda: alst.take_steps(case, mesh, kernel=None, steps=STEPS, warmup_tokens=None),
     ):
         row()
-        gc.collect()
-        found.append(sum(type(thing) is DeepSpeedEngine for thing in gc.get_objects()))
+        found.append(engines_left())
     return found
 
 
