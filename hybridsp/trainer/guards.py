@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from hybridsp.adapters import decoder_layers
 from hybridsp.engine import StepResult
@@ -32,11 +34,13 @@ from hybridsp.faults import (
     StopSignals,
     Watchdog,
     check_in_step,
+    check_room,
     engine_facts,
     follow,
     settings_facts,
 )
 from hybridsp.mesh import SPMesh
+from hybridsp.pretrained import num_parameters
 from hybridsp.trainer.batches import Parts, shard_batches
 from hybridsp.trainer.engine_wrapper import EngineWrapper
 
@@ -59,8 +63,63 @@ ARGUMENTS = (
 )
 # The same after fractions and lengths of epochs were worked out.
 WORKED_OUT = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+# Optimizers whose states `check_room` knows the size of.
+ADAMS = ("adam", "adamw", "fusedadam", "deepspeedcpuadam")
 
 logger = logging.getLogger(__name__)
+
+
+def check_disk(
+    args: TrainingArguments,
+    state: TrainerState,
+    model: Any,
+    optimizer: Any,
+    config: Mapping[str, Any],
+) -> None:
+    """Refuse to train if `output_dir` has no room for as many checkpoints as it will hold at once.
+
+    Args:
+        args: the Trainer's.
+        state: the same, steps worked out.
+        model: the same.
+        optimizer: the Trainer's; None for the configuration's. Of others than Adam the states are
+            not counted.
+        config: DeepSpeed's.
+
+    Raises:
+        ValueError: there is less room.
+    """
+    at_once = checkpoints_at_once(args, state)
+    if not at_once:
+        return
+    name = config["optimizer"]["type"] if optimizer is None else type(optimizer).__name__
+    trained = num_parameters(model, only_trainable=True)
+    check_room(
+        args.output_dir,
+        trained=trained if name.lower() in ADAMS and not args.save_only_model else 0,
+        parameters=trained if args.save_only_model else num_parameters(model),
+        bytes_per_weight=2 if config["bf16"]["enabled"] else model.dtype.itemsize,
+        keep=at_once - 1,
+    )
+
+
+def checkpoints_at_once(args: TrainingArguments, state: TrainerState) -> int:
+    """How many checkpoints there will be before the oldest is removed, as far as is certain.
+
+    Args:
+        args: the Trainer's.
+        state: the same, steps worked out.
+    """
+    every = state.save_steps if state.save_steps > 0 else state.max_steps
+    endless = state.num_train_epochs == sys.maxsize  # data that does not know its length
+    written = {
+        SaveStrategy.NO: 0,
+        SaveStrategy.STEPS: math.ceil(state.max_steps / every),
+        SaveStrategy.EPOCH: 1 if endless else state.num_train_epochs,
+        SaveStrategy.BEST: 1,
+    }[SaveStrategy(args.save_strategy)]
+    limit = args.save_total_limit or 0
+    return min(written, limit + 1) if limit > 0 else written
 
 
 class Guards(TrainerCallback):
@@ -258,4 +317,4 @@ class GuardedTrainer(transformers.Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
 
-__all__ = ["GuardedTrainer", "Guards"]
+__all__ = ["GuardedTrainer", "Guards", "check_disk"]

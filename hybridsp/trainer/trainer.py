@@ -31,7 +31,7 @@ from hybridsp.trainer.batches import BOUNDARIES
 from hybridsp.trainer.checkpoints import begin_save, check_resumable, complete_checkpoint
 from hybridsp.trainer.engine_wrapper import EngineWrapper, OptimizerWrapper
 from hybridsp.trainer.evaluation import eval_dataloader, evaluate_loss, model_to_evaluate
-from hybridsp.trainer.guards import GuardedTrainer, Guards
+from hybridsp.trainer.guards import GuardedTrainer, Guards, check_disk
 from hybridsp.trainer.settings import (
     check_arguments,
     deepspeed_settings,
@@ -164,7 +164,7 @@ class Trainer(GuardedTrainer):
 
         Raises:
             ValueError: it was called before; or there is no such checkpoint, or it is damaged or
-                from other degrees.
+                from other degrees; or the disk has no room for those to come.
         """
         if self.deepspeed is not None:
             raise ValueError(
@@ -239,6 +239,7 @@ class Trainer(GuardedTrainer):
         config = finished_config(self.args.hf_deepspeed_config, self.args, self.model, max_steps)
         self.guards.compare(self.model, config, self.args, self.state)
         optimizer = self._client_optimizer(config)
+        self.mesh.on_rank_zero(check_disk, self.args, self.state, self.model, optimizer, config)
         engine = initialize(
             self.model, self.mesh, config, optimizer=optimizer, self_check=self._self_check
         )
