@@ -20,7 +20,7 @@ from hybridsp.release import release
 
 PRELOAD += [*DEEPSPEED, "hybridsp.distill"]
 
-ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
 # ZeRO-3 records its schedule in the first step and asks its cache from the second on.
 STEPS = 3
 STAGES = [0, 1, 2, 3]
