@@ -1,7 +1,10 @@
-"""Folders that are complete or absent: written beside their place, moved there last.
+"""Folders and files that are complete or absent: written beside their place, moved there last.
 
 A model or a checkpoint is many files, and whoever finds half of them cannot tell. So the folder
-gets its name only when everything is in it; a process that dies leaves the place as it was.
+gets its name only when everything is in it, and on disk: a system that goes down writes names and
+contents in whatever order it likes unless it is told (`sync`), and an empty file of the right name
+is worse than none. A process that dies leaves the place as it was, or empty in the instant in which
+a new folder takes an older one's place, which not every file system can do in one step.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from pathlib import Path
 @contextmanager
 def appear_at_once(final: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A folder to write into that becomes `final` if the block succeeds and vanishes if not.
+
+    Behind the block it survives a loss of power. What other hosts write into it they have to `sync`
+    themselves, in the block: this one syncs what it knows of.
 
     Args:
         final: where the folder is to be.
@@ -35,12 +41,33 @@ def appear_at_once(final: Path, *, overwrite: bool = True) -> Iterator[Path]:
     try:
         yield work
         _share_as_usual(work)
+        for path in (*work.rglob("*"), work):
+            sync(path)
         if overwrite:
             _replace_folder(work, final)
         else:
             os.replace(work, final)
+            sync(final.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that has its old content until it has all of the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, on disk: one does not imply the other."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace_folder(new: Path, final: Path) -> None:
@@ -56,6 +83,7 @@ def _replace_folder(new: Path, final: Path) -> None:
         if replacing:
             os.replace(aside, final)
         raise
+    sync(final.parent)
     if replacing:
         shutil.rmtree(aside)
 
@@ -67,3 +95,6 @@ def _share_as_usual(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)
+
+
+__all__ = ["appear_at_once", "sync", "write_atomically"]

@@ -1,6 +1,7 @@
 """Runs of train/finetune.py that are disturbed at random, and what becomes of them.
 
     python tests/kill_runs.py --trials 100 --out docs/kill_runs.json
+    python tests/kill_runs.py --background --trials 45 --out docs/kill_background_saves.json
 
 Each trial trains a tiny model on forked ranks by the script's own `main`, disturbs it once at a
 random moment, starts it again until it has finished, and compares its record and weights with those
@@ -17,7 +18,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +26,26 @@ from pathlib import Path
 from unittest import mock
 
 import datasets
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from distributed import DEEPSPEED, PRELOAD
+from disturbances import (
+    FILLER,
+    SAVE_EVERY,
+    SLOW_FILE_SECONDS,
+    STEPS,
+    AtStep,
+    DuringBackgroundSave,
+    DuringSave,
+    can_mount,
+    complete_step,
+    fill_disk,
+    kill_a_rank,
+    signal_one_rank,
+    small_disk,
+    spoil_a_file,
+    steps_of,
+    terminate,
+)
 from finetune_hosts import SCRIPT, make_host, rows_of
 from rank_job import Job
 
@@ -35,9 +54,6 @@ from hybridsp.train import finetune
 PRELOAD += [*DEEPSPEED, finetune.__name__]
 
 WORLD = 2
-STEPS, SAVE_EVERY = 8, 2
-# Room for all that a run keeps.
-DISK_BYTES, FILLER = 64 * 2**20, "filler"
 RECIPE = {
     "ulysses": WORLD,
     "max_steps": STEPS,
@@ -51,9 +67,12 @@ RECIPE = {
 }
 
 
-def fine_tune(directory, overrides=(), file_limit=None):
+def fine_tune(directory, overrides=(), file_limit=None, slow_disk=False):
     """The script's `main` in a directory made by `make_host`."""
     os.chdir(directory)
+    if slow_disk:
+        write = TorchCheckpointEngine.save
+        TorchCheckpointEngine.save = lambda *args: (time.sleep(SLOW_FILE_SECONDS), write(*args))
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
@@ -72,115 +91,10 @@ class Trial:
     codes: list[int] = field(default_factory=list)
     restarts: int = 0
     seconds_to_end: float = 0.0  # from the disturbance to the end of the last rank
+    in_save: bool | None = None  # whether the moment was one of a save, where that was wanted
     steps_lost: int = 0
     message: str = ""  # what the disturbed run said of it
     failure: str = ""
-
-
-class AtStep:
-    """Disturbs a job at a random moment behind a step, once."""
-
-    def __init__(self, run, rng, act):
-        self.run, self.act = run, act
-        self.step, self.delay = rng.randrange(STEPS), rng.uniform(0, 0.4)
-        self.due = self.done = None
-
-    def __call__(self, job):
-        now = time.monotonic()
-        if self.due is None and steps_of(self.run) >= self.step:
-            self.due = now + self.delay
-        if self.done is None and self.due is not None and now >= self.due:
-            self.done = now - job.began
-            self.act(job)
-
-
-class DuringSave(AtStep):
-    """Disturbs a job while a checkpoint is being written."""
-
-    def __init__(self, run, rng, act):
-        super().__init__(run, rng, act)
-        self.save, self.delay = rng.randrange(STEPS // SAVE_EVERY), rng.uniform(0, 0.1)
-        self.seen = set()
-
-    def __call__(self, job):
-        self.seen |= {path.name for path in (self.run / "checkpoints").glob("*.partial")}
-        if self.due is None and len(self.seen) > self.save:
-            self.due = time.monotonic() + self.delay
-        self.step = STEPS + 1
-        super().__call__(job)
-
-
-def steps_of(run):
-    record = run / "metrics.jsonl"
-    return record.read_text().count("\n") if record.exists() else 0
-
-
-def complete_step(run):
-    """The step of the newest complete checkpoint; 0 without one."""
-    pointer = run / "checkpoints" / "latest"
-    return int(pointer.read_text().removeprefix("step-")[:6]) if pointer.exists() else 0
-
-
-def kill_a_rank(rng):
-    return lambda job: job.send(rng.choice(job.ranks), signal.SIGKILL)
-
-
-def terminate(rng):
-    number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
-    return lambda job: job.terminate(number)
-
-
-def signal_one_rank(rng):
-    return lambda job: job.send(rng.choice(job.ranks), signal.SIGUSR1)
-
-
-@contextlib.contextmanager
-def small_disk(place):
-    """A file system of its own, which can be filled; OSError where it may not be mounted."""
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(place)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise PermissionError(done.stderr)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def can_mount():
-    with (
-        tempfile.TemporaryDirectory() as place,
-        contextlib.suppress(OSError),
-        small_disk(Path(place) / "disk"),
-    ):
-        return True
-    return False
-
-
-def fill_disk(run):
-    """What another program may do at any moment."""
-
-    def fill(job):
-        with contextlib.suppress(OSError), (run / FILLER).open("ab", buffering=0) as filler:
-            while filler.write(bytes(2**16)):
-                pass
-
-    return fill
-
-
-def spoil_a_file(run, rng, flip):
-    """Truncate or change one file of the newest checkpoint; returns the checkpoint's name."""
-    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    path = rng.choice(files)
-    data = bytearray(path.read_bytes())
-    if flip:
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        path.write_bytes(data)
-    else:
-        path.write_bytes(data[: rng.randrange(len(data))])
-    return folder.name
 
 
 FULL_DISK = "full disk"
@@ -194,12 +108,25 @@ KINDS = (
     "truncated file",
     "flipped bit",
 )
+KILL_BESIDE, SIGNAL_BESIDE, FULL_DISK_BESIDE = BACKGROUND_KINDS = (
+    "kill, background save",
+    "signal, background save",
+    "full disk, background save",
+)
+
+
+def needs_a_disk(kind):
+    return kind in (FULL_DISK, FULL_DISK_BESIDE)
+
+
+def overrides_of(kind):
+    return ["async_save=true"] if kind in BACKGROUND_KINDS else []
 
 
 def disturb(kind, directory, rng, trial, at):
     """The disturbed start of a trial's run; returns how it ended. `at` as in `attempt`."""
     run = directory / "run"
-    overrides, limit, moment = [], None, None
+    limit, moment = None, None
     if kind == "kill":
         moment = AtStep(run, rng, kill_a_rank(rng))
     elif kind == "kill in a save":
@@ -211,6 +138,13 @@ def disturb(kind, directory, rng, trial, at):
         moment.step = rng.randrange(1, STEPS - 2)
     elif kind == FULL_DISK:
         moment = rng.choice([AtStep, DuringSave])(run, rng, fill_disk(run))
+    elif kind == KILL_BESIDE:
+        moment = DuringBackgroundSave(run, rng, kill_a_rank(rng))
+    elif kind == SIGNAL_BESIDE:
+        moment = DuringBackgroundSave(run, rng, rng.choice([terminate, signal_one_rank])(rng))
+        moment.save = rng.randrange(STEPS // SAVE_EVERY - 2)  # soon no step is left to hear it
+    elif kind == FULL_DISK_BESIDE:
+        moment = DuringBackgroundSave(run, rng, fill_disk(run))
     elif kind == "limit on file size":
         limit = rng.randrange(20_000, 280_000)  # less than the optimizer states of a rank
     else:
@@ -218,8 +152,12 @@ def disturb(kind, directory, rng, trial, at):
         moment.step = rng.randrange(SAVE_EVERY + 1, STEPS)
     if at is not None and type(moment) is AtStep:
         moment.step, moment.delay = at, 0.0
-    job = Job(directory, fine_tune, directory, overrides, limit)
+    slow = kind in BACKGROUND_KINDS
+    if slow and at is not None:
+        moment.save, moment.delay = at // SAVE_EVERY - 1, SLOW_FILE_SECONDS
+    job = Job(directory, fine_tune, directory, overrides_of(kind), limit, slow)
     end = job.wait(moment or (lambda job: None))
+    trial.in_save = getattr(moment, "in_save", None)
     (run / FILLER).unlink(missing_ok=True)
     trial.disturbed_at = 0.0 if moment is None else round(moment.done or 0.0, 3)
     return end
@@ -228,14 +166,14 @@ def disturb(kind, directory, rng, trial, at):
 def attempt(kind, seed, template, expected, at=None):
     """One trial, from the disturbance to the comparison.
 
-    What disturbs the run at a step comes behind step `at`, or else at a moment drawn by the seed,
-    which on a fast machine may be after the run's end.
+    What disturbs the run at a step, or beside a save, comes behind step `at`, or else at a moment
+    drawn by the seed, which on a fast machine may be after the run's end.
     """
     rng, trial = random.Random(f"{kind} {seed}"), Trial(kind, seed)
     with tempfile.TemporaryDirectory(prefix="kill-") as place:
         directory = Path(place) / "host"
         shutil.copytree(template, directory)
-        with small_disk(directory / "run") if kind == FULL_DISK else contextlib.nullcontext():
+        with small_disk(directory / "run") if needs_a_disk(kind) else contextlib.nullcontext():
             begin_and_go_on(trial, rng, directory, expected, at)
     return trial
 
@@ -255,7 +193,7 @@ def begin_and_go_on(trial, rng, directory, expected, at):
     trial.steps_lost = reached - saved
     again = end
     while any(again.codes) and trial.restarts < 3:
-        again = Job(directory, fine_tune, directory).wait()
+        again = Job(directory, fine_tune, directory, overrides_of(kind)).wait()
         trial.restarts += 1
         if "Traceback" in again.output:
             trial.failure = again.output[-3000:]
@@ -299,6 +237,7 @@ def table(trials):
     head = (
         "disturbance",
         "trials",
+        "in a save",
         "equal to the undisturbed run",
         "steps lost",
         "ranks ended after (s)",
@@ -306,10 +245,14 @@ def table(trials):
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for kind in dict.fromkeys(trial.kind for trial in trials):
         ones = [trial for trial in trials if trial.kind == kind]
+        inside = sum(trial.in_save or False for trial in ones)
         good = sum(not trial.failure for trial in ones)
-        lost = f"0-{max(trial.steps_lost for trial in ones)}"
+        steps = [trial.steps_lost for trial in ones]
+        lost = f"{min(steps)}-{max(steps)}"
         ends = sorted(trial.seconds_to_end for trial in ones)
-        lines.append(f"| {kind} | {len(ones)} | {good} | {lost} | at most {ends[-1]:.1f} |")
+        lines.append(
+            f"| {kind} | {len(ones)} | {inside or '-'} | {good} | {lost} | at most {ends[-1]:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -317,9 +260,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--background", action="store_true", help="disturb saves in the background")
     parser.add_argument("--out", type=Path, help="JSON file of all trials")
     options = parser.parse_args()
-    kinds = [kind for kind in KINDS if kind != FULL_DISK or can_mount()]
+    wanted = BACKGROUND_KINDS if options.background else KINDS
+    kinds = [kind for kind in wanted if not needs_a_disk(kind) or can_mount()]
     trials = []
     with tempfile.TemporaryDirectory(prefix="kill-runs-") as place:
         template, expected = undisturbed(place)

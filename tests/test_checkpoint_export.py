@@ -1,7 +1,9 @@
 """A model cut by ZeRO-3 is exported file by file, and no rank ever holds all of it."""
 
+import contextlib
 import json
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,6 +13,7 @@ from distributed import run_ranks
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from hybridsp import files
 from hybridsp.checkpoint import export, export_pretrained
 from hybridsp.files import appear_at_once
 from hybridsp.mesh import SPMesh
@@ -84,6 +87,77 @@ def fail_while_writing(directory):
 
 def test_a_failed_export_leaves_the_earlier_model(tmp_path):
     run_ranks(fail_while_writing, WORLD_SIZE, tmp_path / "model")
+
+
+@contextlib.contextmanager
+def events_of_disk():
+    """What is synced and renamed while the block runs, in order: ("sync" or "rename", path)."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor):
+        fsync(descriptor)
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def note_rename(old, new):
+        replace(old, new)
+        events.append(("rename", Path(new)))
+
+    with mock.patch("os.fsync", note_sync), mock.patch("os.replace", note_rename):
+        yield events
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_is_on_disk_before_it_has_its_name(tmp_path, overwrite):
+    final = tmp_path / "model"
+    if overwrite:
+        final.mkdir()
+        (final / "old").touch()
+    with events_of_disk() as events, appear_at_once(final, overwrite=overwrite) as work:
+        (work / "part").mkdir()
+        for name in ("a", "part/b"):
+            (work / name).write_text(name)
+    named = events.index(("rename", final))
+    before, after = events[:named], events[named + 1 :]
+    assert {path for what, path in before if what == "sync"} == {
+        work,
+        work / "a",
+        work / "part",
+        work / "part/b",
+    }
+    assert after == [("sync", tmp_path)]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "model", "part"]
+
+
+def test_an_older_folder_stays_until_the_name_of_the_new_one_is_on_disk(tmp_path):
+    final = tmp_path / "model"
+    final.mkdir()
+    (final / "old").touch()
+    there = []
+
+    def look(path):
+        there.append(any(tmp_path.glob("*/old")))
+
+    with mock.patch.object(files, "sync", look), appear_at_once(final):
+        pass
+    assert there == [True, True]
+    assert not any(tmp_path.glob("*/old"))
+
+
+def export_and_note(directory):
+    """The files of weights that this rank synced."""
+    mesh = SPMesh(ring=WORLD_SIZE)
+    engine = make_engine(mesh, 3)
+    with events_of_disk() as events:
+        export_pretrained(engine, mesh, directory, max_shard_size=SHARD_BYTES)
+    return {path.name for what, path in events if what == "sync" and path.suffix == ".safetensors"}
+
+
+def test_every_rank_syncs_the_shards_that_it_writes(tmp_path):
+    first, second = run_ranks(export_and_note, WORLD_SIZE, tmp_path / "model")
+    shards = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
+    assert first == shards, "rank 0 syncs the folder"
+    assert second == set(sorted(shards)[1::WORLD_SIZE])
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):

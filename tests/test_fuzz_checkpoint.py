@@ -1,6 +1,7 @@
 """Checkpoints of a run, damaged at random: a whole one is resumed, or an error says why not.
 
-In half of the cases the manifest is made to fit the damage, as somebody who means harm would do.
+In half of the cases the manifest is made to fit the damage, as somebody who means harm would do; in
+half it is resumed at another ZeRO stage, for which the files are cut anew.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import shutil
 import torch
 from checkpoint_cases import make_engine, weights
 from distributed import run_ranks
-from fuzzing import cases, damaged, damaged_bytes, outcome, register_profiles, scalars, wild
+from fuzzing import USUAL, cases, damaged, damaged_bytes, outcome, register_profiles, scalars, wild
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,15 +69,15 @@ def resume_what_is_damaged(directory, thorough):
     register_profiles()
     settings.load_profile(thorough)
     mesh = SPMesh()
-    engine = make_engine(mesh, stage=1)
-    save_checkpoint(engine, mesh, directory / "whole", 1, {"step": 1})
+    engines = [make_engine(mesh, stage) for stage in (1, 2)]
+    save_checkpoint(engines[0], mesh, directory / "whole", 1, {"step": 1})
     whole = directory / "whole" / "checkpoints"
-    before = weights(engine)
+    before = weights(engines[0])
     loaded = 0
 
-    @cases(24)
-    @given(damage(whole), st.booleans())
-    def try_to_resume(files, fits):
+    @cases(40)
+    @given(damage(whole), st.booleans(), st.sampled_from(engines))
+    def try_to_resume(files, fits, engine):
         nonlocal loaded
         shutil.rmtree(directory / "run", ignore_errors=True)
         folder = shutil.copytree(whole, directory / "run" / "checkpoints")
@@ -99,5 +100,6 @@ def resume_what_is_damaged(directory, thorough):
 
 
 def test_a_damaged_checkpoint_is_resumed_or_refused(tmp_path):
-    profile = "thorough" if settings.default.max_examples > 100 else "usual"
-    run_ranks(resume_what_is_damaged, 1, tmp_path, profile)
+    thorough = settings.default.max_examples > USUAL
+    profile, timeout = ("thorough", 900) if thorough else ("usual", 60)
+    run_ranks(resume_what_is_damaged, 1, tmp_path, profile, timeout=timeout)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from hybridsp.files import appear_at_once
+from hybridsp.files import appear_at_once, sync
 from hybridsp.mesh import SPMesh
 
 SHARD_SIZE = "5GB"
@@ -36,9 +36,10 @@ def export_pretrained(
 ) -> Path:
     """Write the model as a Hugging Face checkpoint. Collective over the world.
 
-    The result is complete or absent: it is written beside its place and renamed. It is an ordinary
-    checkpoint of the architecture; of sequence parallelism nothing remains in it. Of a model with
-    adapters (`hybridsp.lora`) it is the adapters alone, in the format of `peft`.
+    The result is complete or absent, after a loss of power as well: it is written beside its place,
+    synced to disk and renamed. It is an ordinary checkpoint of the architecture; of sequence
+    parallelism nothing remains in it. Of a model with adapters (`hybridsp.lora`) it is the adapters
+    alone, in the format of `peft`.
 
     Args:
         engine: the DeepSpeed engine, at any ZeRO stage.
@@ -137,6 +138,7 @@ def _write_shard(path: Path | None, weights: dict[str, Tensor]) -> None:
     """Write a rank's file, if there is one for it in this round."""
     if path is not None:
         save_file(weights, path, {"format": "pt"})
+        sync(path)  # rank 0, which syncs the folder, may be on another host
 
 
 def _write_index(folder: Path, split: StateDictSplit, weights: dict[str, Tensor]) -> None:

@@ -14,6 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from hybridsp.checkpoint.manifest import REMEDY
+from hybridsp.untrusted import reading
+
+WHAT = "random generators"
+
 
 def generators_file(rank: int) -> str:
     """Name of a rank's file."""
@@ -33,20 +38,32 @@ def generators_state() -> dict[str, Any]:
 
 
 def restore_generators(directory: Path, rank: int) -> None:
-    """Let this process's generators go on where those of a rank were saved."""
-    state = torch.load(directory / generators_file(rank), weights_only=True)
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(state["python"])
+    """Let this process's generators go on where those of a rank were saved.
+
+    Raises:
+        ValueError: the rank's file holds no such state.
+    """
+    path = directory / generators_file(rank)
+    with reading(path, WHAT, REMEDY):
+        state = torch.load(path, weights_only=True)
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        random.setstate(state["python"])
 
 
 def seed_generators_anew(directory: Path, step: int, rank: int) -> int:
-    """Seed this process's generators for a world of another size; returns the saved run's seed."""
-    saved = int(torch.load(directory / generators_file(0), weights_only=True)["seed"])
-    words = np.random.SeedSequence([saved, step, rank]).generate_state(2)
+    """Seed this process's generators for a world of another size; returns the saved run's seed.
+
+    Raises:
+        ValueError: the first rank's file holds no seed.
+    """
+    path = directory / generators_file(0)
+    with reading(path, WHAT, REMEDY):
+        saved = int(torch.load(path, weights_only=True)["seed"])
+        words = np.random.SeedSequence([saved, step, rank]).generate_state(2)
     seed = int(words[0]) << 31 | int(words[1]) >> 1
     torch.manual_seed(seed)  # CUDA's as well
     np.random.seed(int(words[0]))

@@ -17,6 +17,7 @@ from typing import Any
 from hybridsp.checkpoint.generators import restore_generators, seed_generators_anew
 from hybridsp.checkpoint.manifest import (
     CLIENT_STATE,
+    REMEDY,
     candidates,
     check_same_model,
     describe_run,
@@ -31,7 +32,6 @@ from hybridsp.mesh import SPMesh
 from hybridsp.untrusted import read_json, reading
 
 logger = logging.getLogger(__name__)
-REMEDY = "resume from another checkpoint"
 
 
 def load_checkpoint(

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from hybridsp.files import sync
 from hybridsp.mesh import SPMesh
-from hybridsp.untrusted import MAX_SHOWN, inside, read_json, read_text, shown
+from hybridsp.untrusted import MAX_SHOWN, inside, read_json, read_text, reading, shown
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ LATEST = "latest"
 PARTIAL = ".partial"
 FORMAT = 2
 MAX_NAME_BYTES = 255
+REMEDY = "resume from another checkpoint"
 # Optimizers that understand each other's state: the second is the first one's for the host.
 SAME_STATE = {"AdamW", "DeepSpeedCPUAdam"}
 
@@ -117,8 +119,7 @@ def share_of(mesh: SPMesh, files: dict[str, Any]) -> dict[str, Any]:
 def digest_all(directory: Path, paths: list[Path]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of files, which are on disk and not only in memory when this returns."""
     for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
     return {str(path.relative_to(directory)): _digest(path) for path in paths}
 
 
@@ -138,7 +139,8 @@ def verify(directory: Path, files: dict[str, dict[str, Any]]) -> None:
         if _digest(path)["sha256"] != expected["sha256"]:
             raise ValueError(f"{path} is not what was saved (sha256 differs): {remedy}")
         if path.suffix == ".pt":
-            _refuse_code(path)
+            with reading(path, "types", remedy):
+                _refuse_code(path)
 
 
 def allowed_classes() -> list[Any]:
@@ -206,26 +208,6 @@ def remove(folder: Path) -> None:
         logger.warning("cannot remove %s, which nothing needs any more: %s", folder, error)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that has its old content until it has all of the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk: fsync of a file is for its content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _latest(root: Path, there: list[Path]) -> Path | None:
     """What `latest` names; without it, as after its deletion, the highest complete step."""
     with suppress(ValueError):  # missing, no text, too long: as if it were deleted
@@ -255,6 +237,7 @@ def _refuse_code(path: Path) -> None:
 
 
 __all__ = [
+    "REMEDY",
     "allowed_classes",
     "candidates",
     "check_same_model",
@@ -263,7 +246,5 @@ __all__ = [
     "read_manifest",
     "remove_superseded",
     "share_of",
-    "sync_folder",
     "verify",
-    "write_atomically",
 ]

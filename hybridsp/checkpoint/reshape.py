@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridsp.checkpoint.manifest import REMEDY
 from hybridsp.checkpoint.shards import WEIGHT, Shards
+from hybridsp.untrusted import reading
 
 # DeepSpeed's optimizers: their groups of parameters, and their flat fp32 weights.
 GROUPS = ("fp16_groups", "bit16_groups", "bf16_groups")
@@ -84,11 +86,12 @@ def check_readable(engine: Any, directory: Path, names: Iterable[str]) -> None:
     """Check, before anything is changed, that this rank can read all that it will need.
 
     Raises:
-        ValueError: the checkpoint trains other parameters than this run.
+        ValueError: the checkpoint trains other parameters than this run, or is none of ours.
     """
     named = dict(engine.module.named_parameters())
     trained = {n: getattr(p, "ds_numel", p.numel()) for n, p in named.items() if p.requires_grad}
-    shards = Shards(directory, names)
+    with reading(directory, "state", REMEDY):
+        shards = Shards(directory, names)
     shards.check_complete(trained)
     shards.check_frozen(named.keys() - trained)
 

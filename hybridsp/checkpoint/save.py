@@ -45,9 +45,8 @@ from hybridsp.checkpoint.manifest import (
     digest_all,
     remove,
     remove_superseded,
-    sync_folder,
-    write_atomically,
 )
+from hybridsp.files import sync, write_atomically
 from hybridsp.mesh import SPMesh, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -275,7 +274,7 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], keep: int) ->
     """Turn a complete save into the latest checkpoint, and drop the oldest."""
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
     os.replace(partial, final)
-    sync_folder(final.parent)
+    sync(final.parent)
     write_atomically(final.parent / LATEST, final.name)
     # Only now, when the new one would be found after a loss of power as well.
     remove_superseded(final, manifest["step"], keep)

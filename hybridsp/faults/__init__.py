@@ -6,7 +6,7 @@ timeout of half an hour. So every rank says where it stands (`position`), reads 
 survived is survived: a stop that is asked for by signal ends in a checkpoint (`signals`), a step
 without a finite gradient is left out (`bad_steps`). What would be found out only by a hang, ranks
 that are about to do different things, is asked beforehand (`desync`); so is the room that
-checkpoints need (`resources`).
+checkpoints need (`resources`), and whether another job is at work in the directory (`claim`).
 """
 
 from hybridsp.faults.bad_steps import BadSteps

@@ -10,7 +10,8 @@ whether another one has failed, and looks after the processes on its host. What 
 
 Whoever finds it first speaks and the others leave in silence, all with exit code 70. A fault of the
 user's, which every rank may be about to raise, is left to the script, which ends with its own code.
-Time is counted in ticks: a job that the batch system suspends does not hang.
+Time is counted in ticks: a job that the batch system suspends does not hang. Two jobs in one
+directory would be each other's fault, so it is claimed (`claim`) before all else.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from hybridsp.faults.board import GONE, Board, Notice, dead
+from hybridsp.faults.claim import Claim
 from hybridsp.faults.position import Position, standing
 from hybridsp.faults.resources import memory_warning
 from hybridsp.launch import rank_from_environment
@@ -54,9 +56,11 @@ logger = logging.getLogger(__name__)
 class Watchdog:
     """Watches over a job while its block runs. Entering and leaving it is collective.
 
+    Entering it raises ValueError on every rank if another job is at work in the directory.
+
     Args:
         mesh: the job's ranks.
-        directory: of the run; tracebacks go to `faults/` in it.
+        directory: of the run, and of no other job meanwhile; tracebacks go to `faults/` in it.
         hang_timeout: seconds without any progress after which a watched phase counts as hung.
         user_errors: exceptions that pass to the caller instead of ending the process here.
         tick: seconds between two looks.
@@ -78,6 +82,7 @@ class Watchdog:
         self._mesh, self._user_errors = mesh, user_errors
         self._hang_timeout, self._tick = hang_timeout, tick
         self._directory = Path(directory) / "faults"
+        self._claim = Claim(directory)
         self._board = Board(mesh.rank, self._directory)
         self._neighbours: dict[int, Notice] = {}
         self._unread = [rank for rank in range(mesh.world_size) if rank != mesh.rank]
@@ -88,6 +93,7 @@ class Watchdog:
         self._is_first_of_host = rank_from_environment().local_rank == 0
 
     def __enter__(self) -> Watchdog:
+        self._mesh.on_rank_zero(self._claim.take)
         self._post()
         self._thread.start()
         return self
@@ -106,6 +112,7 @@ class Watchdog:
             # Who leaves takes its process with it, and rank 0 maybe the store: not before all
             # have stopped to look.
             self._mesh.agree(None)
+        self._claim.release()
 
     # What the training thread does
 
