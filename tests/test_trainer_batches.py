@@ -70,6 +70,12 @@ def test_padding_behind_documents_is_a_document():
             {"cu_seqlens": torch.tensor([0, 4, 8]), "seq_idx": torch.zeros(1, 8)},
             "cu_seqlens and seq_idx tell of different documents",
         ),
+        ({"attention_mask": [1, 1]}, r"attention_mask is \[1, 1\]: give a tensor"),
+        ({"cu_seqlens": [0, 8]}, r"cu_seqlens is \[0, 8\]: give a tensor"),
+        ({"position_ids": torch.zeros(1, 8, dtype=torch.complex64)}, "is torch.complex64: give"),
+        ({"position_ids": torch.arange(9)[None]}, r"position_ids has shape \(1, 9\), input_ids"),
+        ({"seq_idx": torch.zeros(3)}, r"seq_idx has shape \(3,\), input_ids \(1, 8\)"),
+        ({"input_ids": torch.ones(1, 0), "labels": torch.ones(1, 0)}, "have no tokens"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(change, message):

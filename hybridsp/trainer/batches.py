@@ -25,10 +25,12 @@ from hybridsp.loss import count_labels
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.cross_entropy import IGNORED_LABEL
 from hybridsp.sharding import shard_batch
+from hybridsp.untrusted import shown
 
 BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 # Follow from the boundaries.
 DERIVED = ("max_length_q", "max_length_k")
+PER_TOKEN = ("position_ids", "seq_idx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +119,9 @@ def whole_batch(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         else the batch holds, which `shard_batch` refuses.
 
     Raises:
-        ValueError: there are no labels or not one per token, padding is not at the end or has
-            labels, a document's positions do not start at 0, or two keys tell of different
-            documents.
+        ValueError: there are no labels or not one per token, no tokens, a key's value is of another
+            kind or shape, padding is not at the end or has labels, a document's positions do not
+            start at 0, or two keys tell of different documents.
     """
     rest = {key: value for key, value in batch.items() if value is not None and key not in DERIVED}
     tokens, labels = rest.get("input_ids"), rest.get("labels")
@@ -134,6 +136,9 @@ def whole_batch(batch: Mapping[str, Any]) -> dict[str, Tensor]:
             f"labels have shape {tuple(labels.shape)}, input_ids {tuple(tokens.shape)}: give one "
             f"label per token, {IGNORED_LABEL} where nothing is to be learnt"
         )
+    if tokens.shape[1] == 0:
+        raise ValueError("input_ids have no tokens: leave empty rows out of the data")
+    _check_kinds(rest, tokens)
     real = _real_tokens(rest.pop("attention_mask", None), tokens, labels)
     told = {key: rest.pop(key).flatten().tolist() for key in BOUNDARIES if key in rest}
     if "position_ids" in rest:
@@ -150,6 +155,23 @@ def whole_batch(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     if bounds and bounds != list(range(0, rows * length + 1, length)):
         rest["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     return rest
+
+
+def _check_kinds(rest: Mapping[str, Any], tokens: Tensor) -> None:
+    """Refuse what can tell nothing of these tokens, whatever it says."""
+    for key in ("attention_mask", *BOUNDARIES, *PER_TOKEN):
+        value = rest.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.is_complex():
+            found = value.dtype if isinstance(value, Tensor) else shown(value)
+            raise ValueError(f"{key} is {found}: give a tensor of integers, or leave it out")
+        ends = zip(reversed(value.shape), reversed(tokens.shape), strict=False)
+        if key in PER_TOKEN and (value.dim() > 2 or any(n not in (1, of) for n, of in ends)):
+            raise ValueError(
+                f"{key} has shape {tuple(value.shape)}, input_ids {tuple(tokens.shape)}: give one "
+                "value per token, or leave it out"
+            )
 
 
 def _real_tokens(mask: Tensor | None, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -195,7 +217,8 @@ def _from_positions(positions: Tensor, tokens: Tensor, real: Tensor) -> list[int
 
 def _from_document_numbers(numbers: Tensor, tokens: Tensor) -> list[int]:
     starts = torch.ones_like(tokens, dtype=torch.bool)
-    starts[:, 1:] = (numbers[:, 1:] != numbers[:, :-1]).expand_as(tokens[:, 1:])
+    numbers = numbers.expand_as(tokens)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     return _boundaries(starts)
 
 
