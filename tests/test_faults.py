@@ -270,14 +270,14 @@ def test_a_disk_without_room_is_refused_before_the_run(tmp_path, monkeypatch):
         "disk_usage",
         lambda _: resources.shutil._ntuple_diskusage(0, 0, usage["free"]),
     )
-    resources.check_room(place, **sizes, keep=3)  # 4 * 14 + 2 GiB
+    resources.check_room(place, **sizes, checkpoints=4)  # 4 * 14 + 2 GiB
     usage["free"] -= 1
-    with pytest.raises(ValueError, match=r"3 checkpoints of 14\.0 GiB, .* need 58\.0: make room"):
-        resources.check_room(place, **sizes, keep=3)
-    resources.check_room(place, **sizes, keep=0)
+    with pytest.raises(ValueError, match=r"4 checkpoints of 14\.0 GiB .* need 58\.0: make room"):
+        resources.check_room(place, **sizes, checkpoints=4)
+    resources.check_room(place, **sizes, checkpoints=0)
     place.mkdir(parents=True)
     (place / "old").write_bytes(b"x")  # of an earlier start of the same run: it will be replaced
-    resources.check_room(place, **sizes, keep=3)
+    resources.check_room(place, **sizes, checkpoints=4)
 
 
 def test_memory_that_runs_out_is_told(monkeypatch):

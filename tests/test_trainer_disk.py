@@ -56,6 +56,7 @@ def usage(free):
     ("changes", "config", "needed"),
     [
         ({}, {"type": "AdamW"}, 300 + 2 * (110 * 12 + 300)),
+        ({"save_steps": 500}, {"type": "AdamW"}, 300 + 110 * 12 + 300),
         ({"save_only_model": True}, {"type": "AdamW"}, 220 + 2 * 220),
         ({}, {"type": "SGD"}, 300 + 2 * 300),
         ({"save_strategy": "no"}, {"type": "AdamW"}, 0),
@@ -73,7 +74,7 @@ def test_room_is_asked_for_what_is_saved(changes, config, needed, tmp_path):
     with usage(needed):
         check_disk(*work)
     if needed:
-        with usage(needed - 1), pytest.raises(ValueError, match="make room"):
+        with usage(needed - 1), pytest.raises(ValueError, match=r"\(save_total_limit\)"):
             check_disk(*work)
 
 

@@ -339,7 +339,7 @@ def check_disk(recipe: Recipe, model: Any) -> None:
         trained=num_parameters(model, only_trainable=True),
         parameters=num_parameters(model),
         bytes_per_weight=recipe.torch_dtype.itemsize,
-        keep=recipe.keep_checkpoints if recipe.save_every else 0,
+        checkpoints=recipe.keep_checkpoints + 1 if recipe.save_every else 0,
     )
 
 

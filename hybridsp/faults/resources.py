@@ -19,7 +19,13 @@ LOW_MEMORY = 0.03
 
 
 def check_room(
-    directory: str | Path, *, trained: int, parameters: int, bytes_per_weight: int, keep: int
+    directory: str | Path,
+    *,
+    trained: int,
+    parameters: int,
+    bytes_per_weight: int,
+    checkpoints: int,
+    limit: str = "keep_checkpoints",
 ) -> None:
     """Refuse to begin a run whose checkpoints its disk cannot hold.
 
@@ -28,7 +34,8 @@ def check_room(
         trained: parameters with an optimizer state.
         parameters: of the model.
         bytes_per_weight: of the model's dtype.
-        keep: checkpoints to keep; while one is written, there is one more. 0 if none are written.
+        checkpoints: that will be there at once; one more than are kept, while one is written.
+        limit: the setting that says how many are kept.
 
     Raises:
         ValueError: there is less room than one checkpoint and the exported model take, beyond
@@ -36,7 +43,7 @@ def check_room(
     """
     model = parameters * bytes_per_weight
     checkpoint = trained * OPTIMIZER_BYTES + model
-    needed = model + checkpoint * (keep + 1 if keep else 0)
+    needed = model + checkpoint * checkpoints
     place = Path(directory).absolute()
     there = next(path for path in (place, *place.parents) if path.is_dir())
     held = sum(file.stat().st_size for file in _files(place))
@@ -44,9 +51,9 @@ def check_room(
     if free + held < needed:
         raise ValueError(
             f"output_dir = {str(directory)!r} has room for {(free + held) / GIB:.1f} GiB, but "
-            f"{keep} checkpoints of {checkpoint / GIB:.1f} GiB, one in the making and the model of "
-            f"{model / GIB:.1f} GiB need {needed / GIB:.1f}: make room, keep fewer "
-            "(keep_checkpoints), or choose another disk"
+            f"{checkpoints} checkpoints of {checkpoint / GIB:.1f} GiB at once and the model of "
+            f"{model / GIB:.1f} GiB need {needed / GIB:.1f}: make room, keep fewer ({limit}), or "
+            "choose another disk"
         )
 
 

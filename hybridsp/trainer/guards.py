@@ -99,7 +99,8 @@ def check_disk(
         trained=trained if name.lower() in ADAMS and not args.save_only_model else 0,
         parameters=trained if args.save_only_model else num_parameters(model),
         bytes_per_weight=2 if config["bf16"]["enabled"] else model.dtype.itemsize,
-        keep=at_once - 1,
+        checkpoints=at_once,
+        limit="save_total_limit",
     )
 
 
