@@ -308,9 +308,10 @@ def test_checkpoints_that_could_not_be_verified_are_refused(decoupled, node_loca
         checkpoint_engine=SimpleNamespace(is_decoupled=lambda: decoupled),
         use_node_local_storage=lambda: node_local,
     )
+    mesh = SimpleNamespace(device=torch.device("cpu"))
     for call in (
-        lambda: load_checkpoint(engine, None, "run"),
-        lambda: save_checkpoint(engine, None, "run", 1, {}),
+        lambda: load_checkpoint(engine, mesh, "run"),
+        lambda: save_checkpoint(engine, mesh, "run", 1, {}),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import threading
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from hybridsp.checkpoint import (
     save_checkpoint,
 )
 from hybridsp.checkpoint.manifest import candidates, remove, remove_superseded
+from hybridsp.checkpoint.staging import Staging
 from hybridsp.host_memory import HostMemory
 from hybridsp.mesh import SPMesh
 
@@ -65,6 +67,27 @@ def test_training_goes_on_while_the_state_at_the_save_is_written(tmp_path):
     run_ranks(save_while_training, WORLD_SIZE, tmp_path)
 
 
+def test_a_copy_is_kept_for_the_next_one_and_ties_stay_ties():
+    weight, view = torch.arange(6.0), torch.arange(4.0)
+    content = {"a": weight, "tied": weight, "views": [view[:2], view[2:]], "step": 1}
+    files = [capture.File(Path("x.pt"), content), capture.File(Path("y.pt"), [weight])]
+    staging = Staging(torch.device("cpu"))
+    assert staging.bytes_to_get(files) == 4 * (6 + 4)
+    first = staging.copy(files)
+    assert staging.bytes_to_get(files) == 0
+    copied = first[0].content
+    assert copied["a"] is copied["tied"] is first[1].content[0]
+    assert copied["a"].data_ptr() != weight.data_ptr()
+    weight += 1
+    assert torch.equal(copied["a"], weight - 1)
+    again = staging.copy(files)
+    assert [file.path for file in again] == [file.path for file in files]
+    assert again[0].content["a"].data_ptr() == copied["a"].data_ptr()
+    assert torch.equal(again[0].content["a"], weight)
+    assert torch.equal(torch.cat(again[0].content["views"]), view)
+    assert again[0].content["step"] == 1
+
+
 def failing_on(rank, error):
     def save(engine, state_dict, path):
         if rank:
@@ -101,11 +124,19 @@ def fail_in_every_way(directory):
     assert sorted(path.name for path in root.glob("step-*")) == ["step-000001"]
     assert load_checkpoint(make_engine(mesh), mesh, directory) == {"step": 1}
 
-    # Without memory for a copy it is saved at once.
+    # Without memory for a copy it is saved at once; who has one already needs none.
     memory = HostMemory(total=2000, available=1000)
-    with mock.patch.object(capture, "host_memory", return_value=memory):
-        final = background.save(4, {"step": 4})
-    assert final.is_dir()
+    release = threading.Event()
+    with (
+        mock.patch.object(capture, "host_memory", return_value=memory),
+        held_back(release, TorchCheckpointEngine.save),
+    ):
+        in_background = background.save(4, {"step": 4})
+        assert not in_background.exists()
+        release.set()
+        background.wait()
+        at_once = CheckpointSaver(engine, mesh, directory, background=True).save(5, {"step": 5})
+        assert at_once.is_dir()
     return errors
 
 
@@ -118,7 +149,7 @@ def test_an_error_of_one_writer_is_an_error_of_all(tmp_path):
     for kind, message in full:
         assert kind == NotEnoughSpaceError.__name__
         assert "a checkpoint needs" in message
-        assert "0 MiB free: free some, lower keep_checkpoints" in message
+        assert "0 MiB free: free some, keep fewer checkpoints" in message
 
 
 def resume_beside_a_damaged_one(directory):

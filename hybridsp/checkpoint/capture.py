@@ -7,10 +7,8 @@ the host's memory can be written while training goes on.
 
 from __future__ import annotations
 
-import copy
 import shutil
 import socket
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,38 +69,30 @@ def writer_of(engine: Any) -> Callable[[Any, str], None]:
     return engine.checkpoint_engine.save
 
 
-def copied_to_host(files: list[File]) -> list[File]:
-    """The same files with tensors of their own, in the host's memory."""
-    copies: dict[tuple[Any, ...], Tensor] = {}
-
-    def copied(tensor: Tensor) -> Tensor:
-        # A tied weight stays one tensor under two names.
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() == 0 or key not in copies:
-            copies[key] = tensor.detach().to("cpu", copy=True)
-        return copies[key]
-
-    return [File(file.path, _copy_tree(file.content, copied)) for file in files]
+def storages_of(files: list[File]) -> set[tuple[int, int]]:
+    """Address and bytes of each storage that tensors of the files lie in."""
+    storages = (t.untyped_storage() for file in files for t in _tensors(file.content))
+    return {(storage.data_ptr(), storage.nbytes()) for storage in storages}
 
 
-def measure(files: list[File]) -> Room:
-    """What a save of these files on every rank needs. Collective over the world."""
-    num_bytes = sum(
-        sum(
-            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-        )
-        for tensors in (list(_tensors(file.content)) for file in files)
-    )
+def measure(files: list[File], copy_bytes: int) -> Room:
+    """What a save of these files on every rank needs. Collective over the world.
+
+    Args:
+        files: this rank's.
+        copy_bytes: host memory that a copy of them would take.
+    """
     memory = host_memory()
-    report = (socket.gethostname(), num_bytes, None if memory is None else memory.available)
-    reports = gather_objects(report)
+    num_bytes = sum(size for _, size in storages_of(files))
+    available = None if memory is None else memory.available
+    reports = gather_objects((socket.gethostname(), num_bytes, copy_bytes, available))
     short = []
-    for host in sorted({host for host, _, _ in reports}):
-        needed = sum(size for name, size, _ in reports if name == host)
-        available = [free for name, _, free in reports if name == host and free is not None]
-        if available and needed > MEMORY_SHARE * min(available):
+    for host in sorted({host for host, *_ in reports}):
+        needed = sum(copied for name, _, copied, _ in reports if name == host)
+        found = [free for name, *_, free in reports if name == host and free is not None]
+        if found and needed > MEMORY_SHARE * min(found):
             short.append(host)
-    return Room(sum(size for _, size, _ in reports), tuple(short))
+    return Room(sum(size for _, size, _, _ in reports), tuple(short))
 
 
 def check_disk(mesh: SPMesh, folder: Path, room: Room) -> None:
@@ -117,7 +107,7 @@ def check_disk(mesh: SPMesh, folder: Path, room: Room) -> None:
         mesh.on_rank_zero(shutil.rmtree, folder)
         raise NotEnoughSpaceError(
             f"a checkpoint needs {needed / 2**20:.0f} MiB, but {folder.parent} has "
-            f"{free / 2**20:.0f} MiB free: free some, lower keep_checkpoints, or choose another "
+            f"{free / 2**20:.0f} MiB free: free some, keep fewer checkpoints, or choose another "
             "output_dir"
         )
 
@@ -133,23 +123,13 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _copy_tree(tree: Any, copied: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return copied(tree)
-    if type(tree) in (dict, OrderedDict):
-        return type(tree)((key, _copy_tree(value, copied)) for key, value in tree.items())
-    if type(tree) in (list, tuple):
-        return type(tree)(_copy_tree(value, copied) for value in tree)
-    return copy.deepcopy(tree)
-
-
 __all__ = [
     "File",
     "NotEnoughSpaceError",
     "Room",
     "capture",
     "check_disk",
-    "copied_to_host",
     "measure",
+    "storages_of",
     "writer_of",
 ]

@@ -30,7 +30,6 @@ from hybridsp.checkpoint.capture import (
     File,
     capture,
     check_disk,
-    copied_to_host,
     measure,
     writer_of,
 )
@@ -46,6 +45,7 @@ from hybridsp.checkpoint.manifest import (
     remove,
     remove_superseded,
 )
+from hybridsp.checkpoint.staging import Staging
 from hybridsp.files import sync, write_atomically
 from hybridsp.mesh import SPMesh, gather_objects
 
@@ -90,9 +90,9 @@ class CheckpointSaver:
         mesh: its mesh.
         output_dir: the run's directory.
         keep: number of newest checkpoints to keep.
-        background: return from `save` as soon as everything is copied to the host's memory. Call
-            `poll` after every step, and `wait` at the end. A save for whose copy a host has not
-            the memory is done at once, with a warning.
+        background: return from `save` as soon as everything is copied to the host's memory, which
+            is kept for the next save. Call `poll` after every step, and `wait` at the end. A save
+            for whose copy a host has not the memory is done at once, with a warning.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class CheckpointSaver:
         self.keep = keep
         self.background = background
         self._engine, self._mesh = engine, mesh
+        self._staging = Staging(mesh.device)
         self._pending: _Save | None = None
 
     def save(self, step: int, client_state: dict[str, Any]) -> Path:
@@ -123,14 +124,14 @@ class CheckpointSaver:
         final = mesh.on_rank_zero(_prepare, self.root, step, client_state, self.keep)
         partial = self.root / (final.name + PARTIAL)
         files = capture(engine, self.root, partial.name)
-        room = measure(files)
+        room = measure(files, self._staging.bytes_to_get(files))
         check_disk(mesh, partial, room)
         files.append(File(partial / generators_file(mesh.rank), generators_state()))
         state = json.dumps(client_state, indent=2) if mesh.rank == 0 else None
         run = describe_run(engine, mesh)
         save = _Save(final, partial, step, run, files, state, mesh.rank, writer_of(engine))
         if self.background and not room.hosts_without_memory:
-            save.files = mesh.on_every_rank(copied_to_host, files)
+            save.files = mesh.on_every_rank(self._staging.copy, files)
             save.start()
             self._pending = save
             return final
