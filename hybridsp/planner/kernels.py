@@ -21,8 +21,9 @@ COMPUTE, MEMORY = "FLOPs", "memory bandwidth"
 
 # The linear layer's kernels: forward, and forward and backward. What they take is as many times as
 # long as to read each input and write each output once, and so many bytes more for each number of
-# the states that chunks pass on. Solved from two shapes on an H200 (docs/performance.md, 256K
-# tokens): 3.2 and 5.1 times over its floor with heads of 128 x 128, 6.3 and 9.6 with 256 x 512.
+# the states that chunks pass on. Solved from two shapes on an H200 (256K tokens, commit 4ea7455):
+# 3.2 and 5.1 times over its floor with heads of 128 x 128, 6.3 and 9.6 with 256 x 512. The times
+# of docs/performance.md, with factors rounded since, are within 4% of those.
 GLA_FORWARD, GLA_STEP = (1.18, 6.66), (2.08, 26.3)
 # They keep an H100's multiprocessors as busy as its memory, so an H200's faster memory helps
 # little: kernels before these took 29.3 ms there and 31.4 on an H100. Both count as this rate.
