@@ -127,6 +127,10 @@ class RunLogger:
         self._bar.write(f"step {step}: eval loss {eval_loss:.4f}", file=sys.stderr)
         self._write({"step": step, "eval_loss": eval_loss})
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether one was recorded behind `step`, on the rank that records."""
+        return any(row["step"] == step and "eval_loss" in row for row in self._rows)
+
     def log_values(self, step: int, values: Mapping[str, float]) -> None:
         """Record other numbers that belong to `step`, by their names."""
         if self.is_main:

@@ -7,7 +7,10 @@ how processes end. A rank walks through steps of one collective each, until the 
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from hybridsp.faults import (
     Watchdog,
     check_in_step,
     follow,
+    launcher,
     resources,
     watchdog,
 )
@@ -231,6 +235,64 @@ def agree_on_a_signal():
 
 def test_a_signal_to_one_rank_is_heard_by_all():
     assert run_ranks(agree_on_a_signal, 2) == [[None, "SIGUSR1"]] * 2
+
+
+def agree_on_a_lost_launcher():
+    mesh = hybridsp.SPMesh()
+    lost = mock.Mock(is_lost=lambda: mesh.rank == 1)  # the other rank's is on another host
+    with mock.patch("hybridsp.faults.signals.AT_START", lost), StopSignals() as signals:
+        return signals.agreed(mesh)
+
+
+def test_a_lost_launcher_is_a_signal_to_all():
+    assert run_ranks(agree_on_a_lost_launcher, 2) == ["SIGTERM"] * 2
+
+
+# A command starts a launcher, which starts a rank, which writes down once a moment what it sees.
+FAMILY = """
+import runpy, subprocess, sys, time
+role, name, launcher_file, seen = sys.argv[1:]
+after = {"command": "launcher", "launcher": "rank"}
+if role in after:
+    argv = [sys.executable, __file__, after[role], name, launcher_file, seen]
+    subprocess.run(argv)
+else:
+    launcher = runpy.run_path(launcher_file)["Launcher"]()
+    for _ in range(300):
+        with open(seen, "a") as file:
+            file.write(f"{launcher.is_lost()}\\n")
+        time.sleep(0.05)
+"""
+
+
+def sees(path, what):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if path.exists() and what in path.read_text().splitlines():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("name", ["deepspeed.launcher.launch", "torch.distributed.run"])
+def test_a_rank_sees_that_deepspeeds_launcher_has_lost_its_command(tmp_path, name):
+    script, seen = tmp_path / "family.py", tmp_path / "seen"
+    script.write_text(FAMILY)
+    argv = [sys.executable, str(script), "command", name, launcher.__file__, str(seen)]
+    with subprocess.Popen(argv, start_new_session=True) as command:
+        try:
+            assert sees(seen, "False")
+            command.terminate()
+            command.wait(10)
+            lines = len(seen.read_text().splitlines())
+            if name.startswith("deepspeed"):
+                assert sees(seen, "True")
+            else:
+                time.sleep(0.5)
+                assert len(seen.read_text().splitlines()) > lines
+                assert "True" not in seen.read_text()
+        finally:
+            os.killpg(command.pid, signal.SIGKILL)
 
 
 def be_signalled_twice():

@@ -167,6 +167,17 @@ def test_a_changed_rate_holds_from_the_first_step_after_a_resume(finished, proje
     assert after == pytest.approx({k: rate * (2 if k > 3 else 1) for k, rate in before.items()})
 
 
+def test_an_evaluation_that_a_stop_has_left_out_is_made_up_for(finished, project):
+    record = project / "run" / "metrics.jsonl"
+    lines = record.read_text().splitlines()
+    left_out = next(line for line in reversed(lines) if '"eval_loss"' in line)
+    assert json.loads(left_out)["step"] == 6
+    record.write_text("".join(f"{line}\n" for line in lines if line != left_out))
+    results = run_ranks(run_script, 2, project, ["generate_prompt=null"])
+    assert [code for code, _, _ in results] == [0, 0]
+    assert rows_of(project / "run", "eval_loss") == rows_of(finished / "run", "eval_loss")
+
+
 def test_nothing_is_trained_again_after_the_last_step(finished, project):
     results = run_ranks(run_script, 2, project, ["generate_prompt=null"])
     assert [code for code, _, _ in results] == [0, 0]

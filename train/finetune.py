@@ -146,8 +146,8 @@ def train(
             enter_stage(engine, stage)
             log.enter_stage(stage.number, stage.seq_length)
             eval_batches = mesh.on_every_rank(batches_of_one_pass, recipe, mesh, stage, held_out)
-            if eval_batches and first_step == 0 and stage is stages[0]:
-                log.log_evaluation(0, hybridsp.eval_step(engine, eval_batches))
+            if eval_batches and lacks_evaluation(recipe, mesh, stage, log, first_step):
+                log.log_evaluation(first_step, hybridsp.eval_step(engine, eval_batches))
             begin = max(first_step + 1, stage.first_step)
             for step in range(begin, stage.last_step + 1):
                 position.enter("drawing a batch", step=step)
@@ -170,6 +170,19 @@ def train(
         with position.during("saving a checkpoint", watched=False):
             saver.wait()
     return stopped
+
+
+def lacks_evaluation(
+    recipe: Recipe, mesh: SPMesh, stage: Stage, log: RunLogger, first_step: int
+) -> bool:
+    """Whether an evaluation is to be made before the first step of this start. Collective.
+
+    Of what it begins with, or what a run that was stopped behind that step has left out.
+    """
+    if first_step == 0:
+        return stage.first_step == 1
+    is_of_stage = stage.first_step <= first_step and due(recipe.eval_every, first_step, stage)
+    return is_of_stage and not mesh.on_rank_zero(log.has_evaluation, first_step)
 
 
 def due(every: int | None, step: int, stage: Stage) -> bool:

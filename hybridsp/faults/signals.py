@@ -4,7 +4,8 @@ A batch system that takes its nodes back sends SIGTERM or, some minutes ahead wh
 (Slurm's `--signal=USR1@300`), SIGUSR1, to one rank or to all, and each gets it at another moment.
 So the handler only notes it, and behind every step the ranks ask each other, one number each,
 whether anyone has heard of it. Then the run saves and ends with exit code 75, by which a batch
-system knows that starting it again goes on with it.
+system knows that starting it again goes on with it. A SIGTERM that reached the `deepspeed` command
+and nobody else counts as one to all (`launcher.py`).
 
 A second signal ends a rank at once. One that comes within 5 seconds of the first is the same
 request again: launchers pass on to the ranks what their process group has already received.
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hybridsp.faults.launcher import AT_START
 from hybridsp.mesh import SPMesh
 
 EXIT_STOPPED = 75
@@ -37,6 +39,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._requested: tuple[signal.Signals, float] | None = None
+        self._launcher = AT_START
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -56,6 +59,8 @@ class StopSignals:
 
     def agreed(self, mesh: SPMesh) -> str | None:
         """The signal by which any rank was asked to stop, if one was. Collective over all ranks."""
+        if self._requested is None and self._launcher.is_lost():
+            self._requested = signal.SIGTERM, time.monotonic()
         number = 0 if self._requested is None else int(self._requested[0])
         heard = torch.tensor(number, device=mesh.device)
         dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=mesh.data_group)
