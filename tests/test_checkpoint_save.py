@@ -67,24 +67,26 @@ def test_training_goes_on_while_the_state_at_the_save_is_written(tmp_path):
     run_ranks(save_while_training, WORLD_SIZE, tmp_path)
 
 
-def test_a_copy_is_kept_for_the_next_one_and_ties_stay_ties():
-    weight, view = torch.arange(6.0), torch.arange(4.0)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_copy_is_kept_for_the_next_one_and_ties_stay_ties(device):
+    weight, view = torch.arange(6.0, device=device), torch.arange(4.0, device=device)
     content = {"a": weight, "tied": weight, "views": [view[:2], view[2:]], "step": 1}
     files = [capture.File(Path("x.pt"), content), capture.File(Path("y.pt"), [weight])]
-    staging = Staging(torch.device("cpu"))
+    staging = Staging(torch.device(device))
     assert staging.bytes_to_get(files) == 4 * (6 + 4)
     first = staging.copy(files)
     assert staging.bytes_to_get(files) == 0
     copied = first[0].content
     assert copied["a"] is copied["tied"] is first[1].content[0]
     assert copied["a"].data_ptr() != weight.data_ptr()
+    assert copied["a"].is_pinned() == (device == "cuda")
     weight += 1
-    assert torch.equal(copied["a"], weight - 1)
+    assert torch.equal(copied["a"], weight.cpu() - 1)
     again = staging.copy(files)
     assert [file.path for file in again] == [file.path for file in files]
     assert again[0].content["a"].data_ptr() == copied["a"].data_ptr()
-    assert torch.equal(again[0].content["a"], weight)
-    assert torch.equal(torch.cat(again[0].content["views"]), view)
+    assert torch.equal(again[0].content["a"], weight.cpu())
+    assert torch.equal(torch.cat(again[0].content["views"]), view.cpu())
     assert again[0].content["step"] == 1
 
 

@@ -136,3 +136,33 @@ def test_pairs_of_bf16_are_rounded_not_cut():
     for too_large, error in found:
         assert abs(too_large) < 1e-4
         assert error < 3.5e-4
+
+
+# Of a NaN as GPUs make it, infinities, and a number between two of 11 bits, nearer to the upper.
+BITS = [0x7FFFFFFF, 0x7F800000, -0x800000, 0x3F801FFF]
+
+
+def round_bits():
+    global nearest_tf32  # the interpreter looks a kernel's names up in its module
+    import triton
+    import triton.language as tl
+
+    from hybridsp.ops.gla.triton.blocks import nearest_tf32
+
+    @triton.jit
+    def kernel(numbers, rounded):
+        at = tl.arange(0, 4)
+        tl.store(rounded + at, nearest_tf32(tl.load(numbers + at)))
+
+    numbers = torch.tensor(BITS, dtype=torch.int32).view(torch.float32)
+    rounded = torch.empty_like(numbers)
+    kernel[(1,)](numbers, rounded)
+    return (rounded.view(torch.int32) & -0x2000).view(torch.float32).tolist()  # and cut
+
+
+def test_what_is_not_finite_stays_so():
+    pytest.importorskip("triton")
+    nan, above, below, number = in_fresh_interpreter(round_bits, timeout=60, TRITON_INTERPRET="1")
+    assert math.isnan(nan)
+    assert (above, below) == (math.inf, -math.inf)
+    assert number == 1 + 2**-10

@@ -141,7 +141,7 @@ def train(
     ):
         stopped = None
         for stage, (loader, held_out) in zip(stages, data, strict=True):
-            if stage.last_step <= first_step and stage is not stages[-1]:
+            if stage.last_step < first_step and stage is not stages[-1]:
                 continue
             enter_stage(engine, stage)
             log.enter_stage(stage.number, stage.seq_length)

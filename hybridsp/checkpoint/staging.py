@@ -36,7 +36,7 @@ class Staging:
         self._staged: set[tuple[int, int]] = set()
 
     def bytes_to_get(self, files: list[File]) -> int:
-        """Host memory that a copy of these files takes beside what is held already."""
+        """Host memory that a copy of these files takes beside what is held, as addresses tell."""
         return sum(num_bytes for _, num_bytes in storages_of(files) - self._staged)
 
     def copy(self, files: list[File]) -> list[File]:

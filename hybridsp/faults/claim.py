@@ -7,9 +7,10 @@ lock on a file there, in which it says who it is, as long as its job runs.
 The lock is the kernel's and goes with the process, however that ends: a file that is still there
 means nothing by itself, and nothing is to be cleaned up before a job is started again. It is the
 process's (`lockf`) and not the open file's (`flock`), which processes that a killed rank leaves
-behind would go on holding. On a network file system the server keeps it, and hears of a host that
-went down when its lease runs out; so a holder on another host is waited for. A file system without
-locks lets every job in, with a warning.
+behind would go on holding; but it is given up as well when this process opens and closes the file
+in another way, as a copy of the directory does, so nothing here may. On a network file system the
+server keeps it, and hears of a host that went down when its lease runs out; so a holder on another
+host is waited for. A file system without locks lets every job in, with a warning.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Claim:
         began = time.monotonic()
         told = False
         while (holder := self._try_to_take()) is not None:
-            is_here = holder.get("host") == socket.gethostname()
+            is_here = (holder.get("host"), holder.get("boot")) == (socket.gethostname(), _boot())
             if is_here or time.monotonic() - began > LEASE_SECONDS:
                 raise ValueError(_refusal(self._path, holder))
             if not told:
@@ -105,7 +106,11 @@ class Claim:
     def _try_to_take(self) -> dict[str, object] | None:
         """What the holder says of itself; None if it is this process now."""
         while True:
-            file = self._path.open("a+", encoding="utf-8", errors="replace")
+            try:
+                file = self._path.open("a+", encoding="utf-8", errors="replace")
+            except FileNotFoundError:  # a job that was refused removed the folder that it had made
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                continue
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -126,7 +131,8 @@ class Claim:
         self._file = file
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
+        me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "since": since}
+        json.dump(me, file)
         file.flush()
         os.fsync(file.fileno())  # for other hosts to read
         return None
@@ -137,6 +143,14 @@ class Claim:
             return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
         except FileNotFoundError:
             return False
+
+
+def _boot() -> str | None:
+    """What tells this host from another, or a later one, of its name; None where nothing does."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def _read(file: IO[str]) -> dict[str, object]:

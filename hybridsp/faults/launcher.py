@@ -4,7 +4,8 @@ The `deepspeed` command starts a launcher of its own on each host, which starts 
 that reaches the command alone ends it, and neither the launcher nor the ranks hear of it: they
 would train on, unseen, while whoever sent it takes the job for over (DeepSpeed 0.19.8). What they
 can see is that the launcher has another parent then. Other launchers pass signals on, and their
-parent is a shell, which may well end while the job goes on; so only DeepSpeed's is looked at.
+parent is a shell, which may well end while the job goes on; so only DeepSpeed's is looked at. Who
+starts `deepspeed.launcher.launch` by hand from a shell keeps that shell, or takes `torchrun`.
 """
 
 from __future__ import annotations

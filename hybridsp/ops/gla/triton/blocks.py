@@ -149,7 +149,9 @@ def nearest_tf32(block):
     Tensor cores cut 13 bits off, which makes every factor too small, on average by 3.5e-4 of it,
     and a product by twice that. With half of the last bit that they keep added, the cut rounds.
     """
-    return (block.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    rounded = (block.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    # All bits of a GPU's NaN but the sign are set: a carry would make -0 of it.
+    return tl.where(tl.abs(block) < float("inf"), rounded, block)
 
 
 @triton.jit
