@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from hybridsp.checkpoint.capture import (
     File,
+    Room,
     capture,
     check_disk,
     measure,
@@ -130,17 +131,27 @@ class CheckpointSaver:
         state = json.dumps(client_state, indent=2) if mesh.rank == 0 else None
         run = describe_run(engine, mesh)
         save = _Save(final, partial, step, run, files, state, mesh.rank, writer_of(engine))
-        if self.background and not room.hosts_without_memory:
-            save.files = mesh.on_every_rank(self._staging.copy, files)
+        if self.background and self._copied_to_memory(save, room):
             save.start()
             self._pending = save
             return final
-        if self.background:
-            hosts = ", ".join(room.hosts_without_memory)
-            _say(mesh, "no memory on %s to save step %d in the background: saving now", hosts, step)
         save.run()
         self._complete(save)
         return final
+
+    def _copied_to_memory(self, save: _Save, room: Room) -> bool:
+        """Let a save write from a copy, if every host can have one; whether they all do."""
+        if room.hosts_without_memory:
+            why = f"no memory for it on {', '.join(room.hosts_without_memory)}"
+        else:
+            try:
+                save.files = self._mesh.on_every_rank(self._staging.copy, save.files)
+            except ValueError as error:  # of all ranks; memory that cannot be page-locked, say
+                why = str(error)
+            else:
+                return True
+        _say(self._mesh, "step %d is saved now, not in the background: %s", save.step, why)
+        return False
 
     def poll(self) -> None:
         """Complete a save in the background whose files are written on every rank.
