@@ -12,7 +12,6 @@ be taken again, so they are dropped first and no step appears twice.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -26,6 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from hybridsp.files import write_atomically
 
 GIB = 2**30
 
@@ -65,7 +66,8 @@ class RunLogger:
         self.directory = Path(output_dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._rows = _rows_until(self.directory / "metrics.jsonl", first_step)
-        _rewrite(self.directory / "metrics.jsonl", self._rows)
+        lines = (json.dumps(row) + "\n" for row in self._rows)
+        write_atomically(self.directory / "metrics.jsonl", "".join(lines))
         self._record = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         # TensorBoard hides events from this step on that earlier runs wrote, as we drop their rows.
         purge_step = first_step + 1 if first_step else 0
@@ -190,12 +192,6 @@ def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
             message = f"line {number} of {path} is no JSON object ({error}): repair or remove it"
             raise ValueError(message) from None
     return [row for row in rows if row["step"] <= step]
-
-
-def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _draw_losses(rows: list[dict[str, Any]], path: Path) -> None:

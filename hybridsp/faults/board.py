@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from hybridsp.faults.launcher import status_of
+
 STORE_TIMEOUT = timedelta(seconds=10)
 # A store that is gone says so in one of these.
 GONE = (RuntimeError, OSError)
@@ -146,10 +148,10 @@ def dead(notice: Notice, host: str) -> bool:
     if notice.host != host:
         return False
     try:
-        state = Path(f"/proc/{notice.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+        state, *_ = status_of(notice.pid)
     except OSError:
         return not _answers(notice.pid)
-    return state.split()[0] in "ZX"  # ended, and its parent has not asked how
+    return state in "ZX"  # ended, and its parent has not asked how
 
 
 def _answers(pid: int) -> bool:

@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from hybridsp.collectives.topology import host_identity
 from hybridsp.untrusted import shown
 
 LOCK = "job.lock"
@@ -70,7 +71,7 @@ class Claim:
         began = time.monotonic()
         told = False
         while (holder := self._try_to_take()) is not None:
-            is_here = (holder.get("host"), holder.get("boot")) == (socket.gethostname(), _boot())
+            is_here = holder.get("machine") == host_identity()
             if is_here or time.monotonic() - began > LEASE_SECONDS:
                 raise ValueError(_refusal(self._path, holder))
             if not told:
@@ -131,8 +132,8 @@ class Claim:
         self._file = file
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         file.truncate(0)
-        me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "since": since}
-        json.dump(me, file)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        json.dump({**me, "machine": host_identity()}, file)
         file.flush()
         os.fsync(file.fileno())  # for other hosts to read
         return None
@@ -143,14 +144,6 @@ class Claim:
             return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
         except FileNotFoundError:
             return False
-
-
-def _boot() -> str | None:
-    """What tells this host from another, or a later one, of its name; None where nothing does."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
 
 
 def _read(file: IO[str]) -> dict[str, object]:

@@ -29,6 +29,17 @@ class Launcher:
         return self._command is not None and _parent_of(self._launcher) != self._command
 
 
+def status_of(process: int) -> list[str]:
+    """What the kernel says of a process: its state, its parent ...; OSError where it says nothing.
+
+    Args:
+        process: its number.
+    """
+    status = (PROCESSES / str(process) / "stat").read_text(encoding="utf-8")
+    # pid (name) state parent ...; a name may hold spaces and brackets.
+    return status.rpartition(")")[2].split()
+
+
 def _is_deepspeeds(process: int) -> bool:
     try:
         return LAUNCHER in (PROCESSES / str(process) / "cmdline").read_bytes().split(b"\0")
@@ -39,14 +50,12 @@ def _is_deepspeeds(process: int) -> bool:
 def _parent_of(process: int) -> int | None:
     """The parent of a process; None if there is no such process, or none that can be seen."""
     try:
-        status = (PROCESSES / str(process) / "stat").read_text()
+        return int(status_of(process)[1])
     except OSError:
         return None
-    # pid (name) state parent ...; a name may hold spaces and brackets.
-    return int(status.rpartition(")")[2].split()[1])
 
 
 # A command that is gone when training begins was still there when the process started.
 AT_START = Launcher()
 
-__all__ = ["AT_START", "Launcher"]
+__all__ = ["AT_START", "Launcher", "status_of"]

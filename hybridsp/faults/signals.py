@@ -39,7 +39,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._requested: tuple[signal.Signals, float] | None = None
-        self._launcher = AT_START
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -59,7 +58,7 @@ class StopSignals:
 
     def agreed(self, mesh: SPMesh) -> str | None:
         """The signal by which any rank was asked to stop, if one was. Collective over all ranks."""
-        if self._requested is None and self._launcher.is_lost():
+        if self._requested is None and AT_START.is_lost():
             self._requested = signal.SIGTERM, time.monotonic()
         number = 0 if self._requested is None else int(self._requested[0])
         heard = torch.tensor(number, device=mesh.device)
