@@ -295,6 +295,13 @@ def test_wilson_intervals_of_the_tables(hits, trials, low, high):
     assert wilson_interval(hits, trials) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_a_share_lies_in_its_interval():
+    for trials in range(1, 200):
+        for hits in range(trials + 1):
+            low, high = wilson_interval(hits, trials)
+            assert 0 <= low <= hits / trials <= high <= 1, (hits, trials)
+
+
 def test_standard_errors_count_clusters_not_values():
     values = torch.tensor([1.0, 1.0, 3.0, 3.0])
     once, alike = torch.arange(4), torch.tensor([0, 0, 1, 1])

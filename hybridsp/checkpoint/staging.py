@@ -1,9 +1,11 @@
 """The copy of a run's state in the host's memory, from which a save in the background writes.
 
 What is saved once is saved again, so the memory of the copy is kept: a save that follows copies
-into pages that are there and, beside a GPU, locked, at the speed of the link. That is
-`torch.distributed.checkpoint.staging`'s work, which keys a copy by the storage that it is of, for
-as long as that lives; tied tensors stay tied.
+into pages that are there and, beside a GPU, locked, at the speed of the link. That is the work of
+the stager in `torch.distributed.checkpoint`, which keys a copy by the storage that it is of, for
+as long as that lives; tied tensors stay tied. It is taken without `staging.DefaultStager` around
+it, which in torch 2.11 and 2.12 closes it behind every copy: nothing would be kept, and the next
+copy would fail.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from hybridsp.checkpoint.capture import File, storages_of
 
@@ -24,15 +26,8 @@ class Staging:
     """
 
     def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        self._on_gpu = device.type == "cuda"
+        self._stager = StateDictStager(pin_memory=self._on_gpu)
         self._staged: set[tuple[int, int]] = set()
 
     def bytes_to_get(self, files: list[File]) -> int:
@@ -44,7 +39,9 @@ class Staging:
 
         They are overwritten by the next copy.
         """
-        copies = self._stager.stage({str(file.path): file.content for file in files})
-        assert isinstance(copies, dict), "it does not stage in the background"
+        contents = {str(file.path): file.content for file in files}
+        copies = self._stager.stage(contents, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            torch.cuda.synchronize()
         self._staged = storages_of(files)
         return [dataclasses.replace(file, content=copies[str(file.path)]) for file in files]

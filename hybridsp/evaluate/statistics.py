@@ -52,7 +52,9 @@ def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low, high = (centre - half) / scale, (centre + half) / scale
+    # Rounding can leave a share of 0 or 1, an end of its own interval, outside.
+    return min(max(low, 0.0), share), max(min(high, 1.0), share)
 
 
 __all__ = ["clustered_mean", "wilson_interval"]
