@@ -78,7 +78,7 @@ def test_phases_may_be_left_out_and_overridden(project):
     assert recipe.eval_seq_length == 2048
 
 
-@pytest.mark.parametrize("name", ["distill", "distill_demo"])
+@pytest.mark.parametrize("name", ["distill", "distill_demo", "distill_smollm2"])
 def test_shipped_recipes_are_valid(project, name):
     text = (resources.files("hybridsp.train") / f"recipes/{name}.yaml").read_text()
     settings = yaml.safe_load(text)
