@@ -327,6 +327,26 @@ def slow_on_the_last_rank():
     return times, attempt(fail, mesh), attempt(lambda: rank, mesh)
 
 
+def long_on_the_last_rank():
+    """How often a call is made of which the warm-up's third is only on the last rank long."""
+    import time
+
+    rank, mesh = dist.get_rank(), SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    calls = []
+
+    def call():
+        calls.append(None)
+        time.sleep(0.2 * rank * (len(calls) == 3))
+
+    timing.WARMUP_SECONDS = 0.2
+    measure(call, mesh, repeats=1, warmup=10)
+    return len(calls)
+
+
+def test_long_calls_are_warm_sooner_on_every_rank_alike():
+    assert run_ranks(long_on_the_last_rank, 2) == [3 + 1, 3 + 1]
+
+
 def test_the_slowest_rank_counts_and_failure_is_shared():
     results = run_ranks(slow_on_the_last_rank, 2)
     for rank, (times, failed, fine) in enumerate(results):

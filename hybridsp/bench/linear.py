@@ -39,7 +39,7 @@ from hybridsp.bench.linear_ops import (
 from hybridsp.bench.linear_report import describe, draw
 from hybridsp.bench.options import add_common, add_layer, names
 from hybridsp.bench.report import environment, make_folder, write_json
-from hybridsp.bench.timing import Times, check_queued, copy_bandwidth, measure, seconds_of_first
+from hybridsp.bench.timing import Times, check_queued, copy_bandwidth, measure, seconds_of_one
 from hybridsp.collectives.all_scan import ALGORITHMS
 from hybridsp.launch import rank_from_environment
 from hybridsp.mesh import SPMesh
@@ -235,7 +235,7 @@ def _first_call(op: Op, shape: Shape, passes: Sequence[str], mesh: SPMesh) -> fl
     """Seconds of the first call of each pass, on few tokens."""
     few = replace(shape, tokens=min(shape.tokens, FIRST_CALL_TOKENS))
     inputs = make_inputs(few, mesh.device, seed=mesh.rank)
-    return sum(seconds_of_first(partial(PASSES[name], op, inputs), mesh) for name in passes)
+    return sum(seconds_of_one(partial(PASSES[name], op, inputs), mesh) for name in passes)
 
 
 def _row(

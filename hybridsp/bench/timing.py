@@ -22,7 +22,9 @@ import torch.distributed as dist
 
 from hybridsp.mesh import SPMesh, gather_objects
 
-WARMUP_CALLS = 3
+# Calls before those that count; fewer where they are long, since what is still cold after so many
+# seconds is lost in one that takes seconds itself.
+WARMUP_CALLS, WARMUP_SECONDS = 3, 5.0
 # Seconds for which the GPU is held, at first and at most, so that the host gets ahead of it.
 FIRST_HOLD, LAST_HOLD = 0.01, 1.0
 CYCLES_PER_SECOND = 2e9  # about what a GPU runs at; how long exactly it is held does not matter
@@ -67,17 +69,16 @@ def measure(
         call: what is timed; its result is dropped at once.
         mesh: the job; says on which device.
         repeats: timed calls, at least 1.
-        warmup: calls before them.
+        warmup: calls before them, at most; the last is that with which they took
+            `WARMUP_SECONDS`.
         queued: hold the GPU until the host has launched the whole call; on a GPU only.
 
     Raises:
         RuntimeError: `queued`, and the call waits for the GPU, so that it cannot be launched ahead.
     """
     on_gpu = mesh.device.type == "cuda"
-    for _ in range(warmup):
-        call()
+    _warm_up(call, mesh, warmup)
     if on_gpu:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     timed = _clock_seconds
     if on_gpu:
@@ -92,8 +93,8 @@ def measure(
     return Times(median=median, p10=p10, p90=p90, peak_bytes=max(peaks, default=None))
 
 
-def seconds_of_first(call: Callable[[], Any], mesh: SPMesh) -> float:
-    """Wall seconds of one call that may have to compile or tune; the slowest rank's. Collective."""
+def seconds_of_one(call: Callable[[], Any], mesh: SPMesh) -> float:
+    """Wall seconds of one call, compiling and tuning included; the slowest rank's. Collective."""
     synchronize(mesh)
     start = time.perf_counter()
     call()
@@ -135,6 +136,14 @@ def meet_on_gpu(mesh: SPMesh) -> None:
 def hold_gpu(seconds: float) -> None:
     """Keep the current stream busy, so that what is launched meanwhile starts behind it at once."""
     torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))  # kernel `spin_kernel`
+
+
+def _warm_up(call: Callable[[], Any], mesh: SPMesh, most: int) -> None:
+    spent = 0.0
+    for _ in range(most):
+        spent += seconds_of_one(call, mesh)
+        if spent >= WARMUP_SECONDS:
+            return
 
 
 def _event_seconds(call: Callable[[], Any], mesh: SPMesh, repeats: int) -> list[float]:
