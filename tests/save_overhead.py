@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import hybridsp
 from hybridsp.checkpoint import CheckpointSaver
@@ -81,8 +82,11 @@ def rounds_of(options):
         )
         for way in WAYS
     }
+    total = (1 + options.rounds) * len(WAYS) * options.save_every
+    bar = tqdm(total=total, unit="step", disable=mesh.rank > 0)
     for number in range(1 + options.rounds):
         for way, saver in savers.items():
+            bar.set_description(f"round {number}, {way}")
             mesh.agree(None)
             begin = time.perf_counter()
             if way != "none":
@@ -91,8 +95,12 @@ def rounds_of(options):
             for _ in range(options.save_every):
                 hybridsp.train_step(engine, [batch])
                 saver.poll()
+                bar.update()
             saver.wait()
             seconds[way].append(time.perf_counter() - begin)
+        took = [f"{way} {seconds[way][-1]:.2f} s ({blocked[way][-1]:.2f})" for way in WAYS]
+        bar.write(f"round {number} (until save returned): {', '.join(took)}")
+    bar.close()
     return seconds, blocked, mesh
 
 

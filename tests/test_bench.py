@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from distributed import run_ranks
 
 from hybridsp.attention.linear import METHODS
+from hybridsp.bench import timing
 from hybridsp.cli import BENCHES, main
 
 ENVIRONMENT = {
@@ -92,6 +94,36 @@ def test_two_ranks(tmp_path):
     assert [code for code, _, _ in mistake] == [2, 2]
     assert "is no record of bench all-scan" in mistake[0][2]
     assert mistake[1][1:] == ("", "")
+
+
+def cut_off(lines):
+    """Each bench is stopped in the third call of its `measure`, as by ^C."""
+    for line in lines:
+        module = importlib.import_module(f"hybridsp.bench.{line[0].replace('-', '_')}")
+        calls = itertools.count(1)
+
+        def measure(*args, calls=calls, **kwargs):
+            if next(calls) == 3:
+                raise KeyboardInterrupt
+            return timing.measure(*args, **kwargs)
+
+        module.measure = measure
+        with pytest.raises(KeyboardInterrupt):
+            main(["bench", *line])
+
+
+def test_what_is_cut_off_leaves_the_rows_it_has(tmp_path):
+    layer = ["--heads", "2", "--backends", "plain", "--tokens-per-rank", "16", "--repeats", "1"]
+    softmax = ["--kv-heads", "2", "--head-dim", "8", "--documents", "1"]
+    lines = [
+        ["linear", *layer, "--key-dim", "8", "--value-dim", "4", "--pass", "fwd"],
+        ["softmax", *layer, *softmax],  # two calls a row: forward, and with the backward
+        ["all-scan", "--bytes", "512", "--algorithms", "chain", "--repeats", "1"],
+    ]
+    run_ranks(cut_off, 2, [[*line, "--out", str(tmp_path / line[0])] for line in lines])
+    for name, complete in {"linear": 2, "softmax": 1, "all-scan": 2}.items():
+        record = json.loads((tmp_path / name / f"{name}.json").read_text())
+        assert [row["reason"] for row in record["cases"]] == [None] * complete
 
 
 def check_all_scan(record, out):

@@ -32,7 +32,14 @@ from hybridsp.bench import cost_model, trace
 from hybridsp.bench.cost_model import Fit, Measured, Scan
 from hybridsp.bench.job import attempt, job, one_voice
 from hybridsp.bench.options import add_common, human_bytes, names, size, sizes
-from hybridsp.bench.report import environment, format_table, make_folder, scaled, write_json
+from hybridsp.bench.report import (
+    Save,
+    environment,
+    format_table,
+    make_folder,
+    record_writer,
+    scaled,
+)
 from hybridsp.bench.scan_cases import (
     ALL_GATHER,
     DIRECTIONS,
@@ -128,18 +135,25 @@ def run(args: argparse.Namespace) -> None:
             folder = mesh.on_rank_zero(make_folder, "all-scan", args.out)
         if shapes is None:
             shapes = [shape_of(num_bytes) for num_bytes in DEFAULT_BYTES[mesh.device.type]]
-        record = measure_all(args, mesh, shapes, folder)
+        save = record_writer(mesh, folder / "all-scan.json")
+        record = measure_all(args, mesh, shapes, folder, save)
         if mesh.rank == 0:
-            _write(record, included, folder)
+            fits = add_fits(record, included)
+            save(record)
+            _draw(record, included, fits, folder)
+            print(describe(record, fits, folder))
 
 
 def measure_all(
-    args: argparse.Namespace, mesh: SPMesh, shapes: list[tuple[int, int, int]], folder: Path
+    args: argparse.Namespace,
+    mesh: SPMesh,
+    shapes: list[tuple[int, int, int]],
+    folder: Path,
+    save: Save,
 ) -> dict[str, Any]:
-    """The record of a run, without the fits. Collective."""
+    """The record of a run, without the fits, saved after every row. Collective."""
     bandwidth = wire_bandwidth(mesh, args.repeats)
-    rows, traces = measure_cases(args, mesh, shapes, bandwidth, folder)
-    return {
+    record: dict[str, Any] = {
         "bench": "all-scan",
         "environment": environment(mesh),
         "options": {
@@ -151,12 +165,15 @@ def measure_all(
         },
         "wire_bytes_per_second": bandwidth,
         "topology": asdict(topology(mesh.sp_group, mesh.device)),
-        "cases": rows,
-        "traces": traces,
+        "cases": [],
+        "traces": [],
     }
+    measure_cases(args, mesh, shapes, folder, record, save)
+    return record
 
 
-def _write(record: dict[str, Any], included: list[Measured], folder: Path) -> None:
+def add_fits(record: dict[str, Any], included: list[Measured]) -> dict[str, Fit]:
+    """Add to the record each algorithm's fitted link, by name also returned, and what follows."""
     rows = record["cases"]
     points = [*scans_measured(rows), *included]
     fits = cost_model.fit_all(points)
@@ -166,23 +183,31 @@ def _write(record: dict[str, Any], included: list[Measured], folder: Path) -> No
         if "seconds" in row and row["scan"] is not None and row["scan"]["algorithm"] in fits:
             scan = Scan(**row["scan"])
             row["model_seconds"] = scan.seconds(fits[scan.algorithm].link)
-    write_json(folder / "all-scan.json", record)
+    return fits
+
+
+def _draw(
+    record: dict[str, Any], included: list[Measured], fits: dict[str, Fit], folder: Path
+) -> None:
+    rows = record["cases"]
+    points = [*scans_measured(rows), *included]
     references = [row for row in rows if row["direction"] is None and "seconds" in row]
     cost_model.draw(points, references, fits, folder / "all-scan.png", _title(record))
-    print(describe(record, fits, folder))
 
 
 def measure_cases(
     args: argparse.Namespace,
     mesh: SPMesh,
     shapes: list[tuple[int, int, int]],
-    bandwidth: float,
     folder: Path,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every row, and a line for each trace. Collective."""
+    record: dict[str, Any],
+    save: Save,
+) -> None:
+    """Add every row to the record, and a line for each trace. Collective."""
     total = len(shapes) * (2 + len(DIRECTIONS) * len(args.algorithms))
     largest = max(shapes, key=_bytes_of)
-    rows, traces = [], []
+    rows, traces = record["cases"], record["traces"]
+    bandwidth = record["wire_bytes_per_second"]
     with tqdm(total=total, desc="all-scan", unit="case", disable=mesh.rank > 0) as bar:
         for shape in shapes:
             for case, why_not in cases(args, mesh, shape):
@@ -193,7 +218,7 @@ def measure_cases(
                 if args.trace and shape == largest and reason is None and case.scan is not None:
                     path = folder / f"trace-{case.name}-{case.direction}.json"
                     traces.append(trace.record(case.call, mesh, path))
-    return rows, traces
+                save(record)
 
 
 def cases(

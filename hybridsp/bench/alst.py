@@ -10,7 +10,6 @@ divide by the ranks) or what runs out of memory is a row that says so.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from hybridsp.bench.alst_model import KERNELS, make_alst
 from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import size
-from hybridsp.bench.report import environment, format_table, make_folder, write_json
+from hybridsp.bench.report import Save, environment, format_table, make_folder, record_writer
 from hybridsp.bench.step_case import WARMUP_STEPS, Case, free, known_gpu
 from hybridsp.bench.step_options import DEFAULT_TOKENS, add_step, add_switch
 from hybridsp.bench.step_report import COLUMNS, draw, row_of, table_row
@@ -82,11 +81,7 @@ def run(args: argparse.Namespace) -> None:
             args.kernel = args.kernel or ("cudnn" if on_gpu else None)
             todo = cases(args, whole)
             folder = whole.on_rank_zero(make_folder, "alst", args.out)
-
-        def save(record: dict[str, Any]) -> None:
-            if whole.rank == 0:
-                write_json(folder / "alst.json", record)
-
+        save = record_writer(whole, folder / "alst.json")
         record = measure_all(args, todo, SPMesh(ulysses=whole.world_size), save)
         if whole.rank == 0:
             draw(record, folder / "alst.png")
@@ -138,12 +133,12 @@ def measure_all(
     args: argparse.Namespace,
     todo: list[Case],
     mesh: SPMesh,
-    save: Callable[[dict[str, Any]], None],
+    save: Save,
 ) -> dict[str, Any]:
     """The record of a run, saved after every row. Collective."""
     gpu = args.gpu or known_gpu(mesh)
     rows: list[dict[str, Any]] = []
-    record = {
+    record: dict[str, Any] = {
         "bench": "alst",
         "environment": environment(mesh),
         "gpu": gpu,

@@ -38,7 +38,7 @@ from hybridsp.bench.linear_ops import (
 )
 from hybridsp.bench.linear_report import describe, draw
 from hybridsp.bench.options import add_common, add_layer, names
-from hybridsp.bench.report import environment, make_folder, write_json
+from hybridsp.bench.report import Save, environment, make_folder, record_writer
 from hybridsp.bench.timing import Times, check_queued, copy_bandwidth, measure, seconds_of_one
 from hybridsp.collectives.all_scan import ALGORITHMS
 from hybridsp.launch import rank_from_environment
@@ -116,27 +116,32 @@ def run(args: argparse.Namespace) -> None:
         with one_voice():
             check_queued(mesh, queued=args.queued)
             folder = mesh.on_rank_zero(make_folder, "linear", args.out)
-        record = measure_all(args, mesh, folder)
+        record = measure_all(args, mesh, folder, record_writer(mesh, folder / "linear.json"))
         if mesh.rank == 0:
-            write_json(folder / "linear.json", record)
             draw(record["cases"], folder / "linear.png", record["environment"])
             print(describe(record, folder))
 
 
-def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[str, Any]:
-    """The record of a run. Collective."""
+def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path, save: Save) -> dict[str, Any]:
+    """The record of a run, saved after every row. Collective."""
     bandwidth = copy_bandwidth(mesh, repeats=args.repeats)
-    rows, traces = measure_cases(args, mesh, bandwidth, folder)
-    return {
+    record: dict[str, Any] = {
         "bench": "linear",
         "environment": environment(mesh),
         "options": _options(args, mesh),
         "copy_bytes_per_second": bandwidth,
-        "cases": rows,
-        "checks": linear_check.check_all(args, mesh) if args.check else [],
-        "kernels": _kernels(args, mesh, bandwidth) if args.kernels else [],
-        "traces": traces,
+        "cases": [],
+        "checks": [],
+        "kernels": [],
+        "traces": [],
     }
+    measure_cases(args, mesh, folder, record, save)
+    if args.check:
+        record["checks"] = linear_check.check_all(args, mesh)
+    if args.kernels:
+        record["kernels"] = _kernels(args, mesh, bandwidth)
+    save(record)
+    return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +198,13 @@ def shape_of(args: argparse.Namespace, tokens: int) -> Shape:
 
 
 def measure_cases(
-    args: argparse.Namespace, mesh: SPMesh, bandwidth: float, folder: Path
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every case's row, and a line for each trace. Collective."""
+    args: argparse.Namespace, mesh: SPMesh, folder: Path, record: dict[str, Any], save: Save
+) -> None:
+    """Add every case's row to the record, and a line for each trace. Collective."""
     todo = cases(args, mesh)
     longest = max(case.shape.tokens for case in todo)
     first_calls: dict[tuple[str, ...], float] = {}
-    rows, traces = [], []
+    rows, traces = record["cases"], record["traces"]
     for case in tqdm(todo, desc="linear", unit="case", disable=mesh.rank > 0):
         work = partial(_measure, case, args, mesh, first_calls.get(case.kind))
         result, reason = attempt(work, mesh, foreign=case.backend == FLA)
@@ -207,12 +212,12 @@ def measure_cases(
             result = {"times": {}}
         elif case.kind not in first_calls:
             first_calls[case.kind] = result["first_call_seconds"]
-        rows.append(_row(case, result, reason, bandwidth))
+        rows.append(_row(case, result, reason, record["copy_bytes_per_second"]))
         if args.trace and reason is None and case.shape.tokens == longest:
             path = folder / f"trace-{'-'.join(case.kind)}-{longest}.json"
             traces.append(_trace(case, args, mesh, path))
-    _add_taxes(rows)
-    return rows, traces
+        _add_taxes(rows)
+        save(record)
 
 
 def _measure(

@@ -13,7 +13,7 @@ import math
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,22 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a benchmark's record; see the module's text."""
     text = json.dumps(_finite(record), indent=1, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+Save = Callable[[Mapping[str, Any]], None]
+
+
+def record_writer(mesh: SPMesh, path: Path) -> Save:
+    """What writes a record there, of the first rank only.
+
+    Called after every row: a run that is cut off leaves those it has.
+    """
+
+    def save(record: Mapping[str, Any]) -> None:
+        if mesh.rank == 0:
+            write_json(path, record)
+
+    return save
 
 
 def new_figure(panels: int) -> tuple[Figure, list[Any]]:

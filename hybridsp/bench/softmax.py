@@ -22,11 +22,7 @@ from hybridsp.attention.ring_plan import VARIANTS
 from hybridsp.bench import softmax_check, trace
 from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import add_common, add_layer, names, size, sizes
-from hybridsp.bench.report import (
-    environment,
-    make_folder,
-    write_json,
-)
+from hybridsp.bench.report import Save, environment, make_folder, record_writer
 from hybridsp.bench.softmax_cases import (
     DOUBLE,
     LOCAL,
@@ -160,44 +156,52 @@ def run(args: argparse.Namespace) -> None:
             check_queued(mesh, queued=args.queued)
             document_bounds(min(args.tokens_per_rank), max(args.documents), args.seed)
             folder = mesh.on_rank_zero(make_folder, "softmax", args.out)
-        record = measure_all(args, mesh, folder)
+        record = measure_all(args, mesh, folder, record_writer(mesh, folder / "softmax.json"))
         if mesh.rank == 0:
-            write_json(folder / "softmax.json", record)
             draw(record, folder / "softmax.png")
             print(describe(record, folder))
 
 
-def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[str, Any]:
-    """The record of a run. Collective."""
+def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path, save: Save) -> dict[str, Any]:
+    """The record of a run, saved after every row. Collective."""
     ways = all_ways(args, mesh)
-    rows, traces = measure_cases(args, ways, mesh, folder)
-    work = work_of(args, 1, 1)
-    return {
+    record: dict[str, Any] = {
         "bench": "softmax",
         "environment": environment(mesh),
         "options": {name: getattr(args, name) for name in RECORDED},
-        "cases": rows,
+        "cases": [],
         "balance": balance_rows(args, mesh),
-        "model": model_of(args, ways, rows, *links_of(args, mesh)),
-        "checks": softmax_check.check_all(ways, work, args.seed, mesh) if args.check else [],
-        "traces": traces,
+        "model": None,
+        "checks": [],
+        "traces": [],
     }
+    measure_cases(args, ways, mesh, folder, record, save)
+    record["model"] = model_of(args, ways, record["cases"], *links_of(args, mesh))
+    if args.check:
+        record["checks"] = softmax_check.check_all(ways, work_of(args, 1, 1), args.seed, mesh)
+    save(record)
+    return record
 
 
 def measure_cases(
-    args: argparse.Namespace, ways: list[Way], mesh: SPMesh, folder: Path
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every case's row, and a line for each trace. Collective."""
+    args: argparse.Namespace,
+    ways: list[Way],
+    mesh: SPMesh,
+    folder: Path,
+    record: dict[str, Any],
+    save: Save,
+) -> None:
+    """Add every case's row to the record, and a line for each trace. Collective."""
     todo = plan(args, ways)
     longest = max(args.tokens_per_rank)
-    rows, traces = [], []
+    rows, traces = record["cases"], record["traces"]
     work = partial(_measure, args=args, mesh=mesh)
     for case, times, reason in attempt_each(todo, work, mesh, name="softmax"):
         rows.append(row_of(case, times or {}, reason))
         if args.trace and reason is None and case.tokens_per_rank == longest:
             traces.append(_trace(case, args, mesh, folder))
-    add_comparisons(rows, mesh.world_size)
-    return rows, traces
+        add_comparisons(rows, mesh.world_size)
+        save(record)
 
 
 def _measure(case: Case, args: argparse.Namespace, mesh: SPMesh) -> dict[str, Times]:

@@ -13,7 +13,6 @@ A row that runs out of memory says so, and the next one runs. The record is writ
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from hybridsp.bench.job import attempt, attempt_each, job, one_voice
-from hybridsp.bench.report import environment, make_folder, write_json
+from hybridsp.bench.report import Save, environment, make_folder, record_writer
 from hybridsp.bench.step_case import Case, free, known_gpu, predict, take_steps
 from hybridsp.bench.step_data import ONE, OWN
 from hybridsp.bench.step_longest import find_longest
@@ -59,11 +58,7 @@ def run(args: argparse.Namespace) -> None:
         with one_voice():
             todo = cases(args, whole)
             folder = whole.on_rank_zero(make_folder, "step", args.out)
-
-        def save(record: dict[str, Any]) -> None:
-            if whole.rank == 0:
-                write_json(folder / "step.json", record)
-
+        save = record_writer(whole, folder / "step.json")
         record = measure_all(args, todo, whole, save)
         if whole.rank == 0:
             draw(record, folder / "step.png")
@@ -74,7 +69,7 @@ def measure_all(
     args: argparse.Namespace,
     todo: list[Case],
     whole: SPMesh,
-    save: Callable[[dict[str, Any]], None],
+    save: Save,
 ) -> dict[str, Any]:
     """The record of a run, saved after every row. Collective."""
     table = Table(args, whole, save)
@@ -103,9 +98,7 @@ class Table:
         save: called with the record after every row.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, whole: SPMesh, save: Callable[[dict[str, Any]], None]
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, whole: SPMesh, save: Save) -> None:
         where = environment(whole)
         self.gpu = args.gpu or known_gpu(whole)
         self.local_ranks = -(-where["world"] // where["hosts"])
