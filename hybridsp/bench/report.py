@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hybridsp.bench.options import human_bytes
+from hybridsp.files import write_atomically
 from hybridsp.mesh import SPMesh, gather_objects
 
 ABSENT = "-"
@@ -102,9 +103,9 @@ def format_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) 
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a benchmark's record; see the module's text."""
+    """Write a benchmark's record; see the module's text. Cut off, it leaves the older one whole."""
     text = json.dumps(_finite(record), indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_atomically(path, text + "\n")
 
 
 Save = Callable[[Mapping[str, Any]], None]
