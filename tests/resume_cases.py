@@ -23,6 +23,8 @@ PRELOAD += DEEPSPEED
 
 # name: ranks, ring, ulysses
 MESHES = {"dp4": (4, 1, 1), "sp4": (4, 2, 2), "dp2 x sp2": (4, 2, 1), "world 2": (2, 2, 1)}
+# For machines of two devices.
+SMALL_MESHES = {"one": (1, 1, 1), "dp2": (2, 1, 1), "ulysses 2": (2, 1, 2)}
 STAGES = (1, 2, 3)
 CASES = [(mesh, stage) for mesh in MESHES for stage in STAGES]
 SEQUENCES, LENGTH, ROWS = 4, 24, 12
@@ -30,7 +32,7 @@ SAVED_AT, LAST = 2, 4
 
 
 def world_of(case):
-    return MESHES[case[0]][0]
+    return (MESHES | SMALL_MESHES)[case[0]][0]
 
 
 def folder(directory, case):
@@ -39,7 +41,7 @@ def folder(directory, case):
 
 @cache
 def mesh_of(name):
-    _, ring, ulysses = MESHES[name]
+    _, ring, ulysses = (MESHES | SMALL_MESHES)[name]
     return SPMesh(ring=ring, ulysses=ulysses)
 
 

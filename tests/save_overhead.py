@@ -98,8 +98,9 @@ def rounds_of(options):
                 bar.update()
             saver.wait()
             seconds[way].append(time.perf_counter() - begin)
-        took = [f"{way} {seconds[way][-1]:.2f} s ({blocked[way][-1]:.2f})" for way in WAYS]
-        bar.write(f"round {number} (until save returned): {', '.join(took)}")
+        if mesh.rank == 0:
+            took = [f"{way} {seconds[way][-1]:.2f} s ({blocked[way][-1]:.2f})" for way in WAYS]
+            bar.write(f"round {number} (until save returned): {', '.join(took)}", file=sys.stderr)
     bar.close()
     return seconds, blocked, mesh
 

@@ -179,7 +179,7 @@ def train_through_stages(made, stage_numbers):
             "gradient_accumulation_steps": made.gradient_accumulation_steps,
             "gradient_clipping": 0.5,
             "zero_optimization": {"stage": zero, "reduce_bucket_size": 10000},
-            "optimizer": {"type": "AdamW", "params": adamw},
+            "optimizer": {"type": "AdamW", "params": {**adamw, "torch_adam": True}},
             "scheduler": schedule(made),
         }
         engine = hybridsp.initialize(model, mesh, config)
@@ -226,11 +226,22 @@ def reference(made, dp):
     return record, stages[-1].rope_parameters
 
 
-@pytest.mark.parametrize(("ring", "ulysses", "dp"), [(2, 1, 1), (1, 2, 2)])
-def test_every_stage_trains_as_one_process_does(ring, ulysses, dp):
+@pytest.mark.parametrize(
+    ("ring", "ulysses", "dp", "backend"),
+    [
+        (2, 1, 1, "gloo"),
+        (1, 2, 2, "gloo"),
+        pytest.param(2, 1, 1, "nccl", marks=pytest.mark.gpu),
+        pytest.param(1, 2, 1, "nccl", marks=pytest.mark.gpu),
+    ],
+)
+def test_every_stage_trains_as_one_process_does(ring, ulysses, dp, backend):
     made = recipe(ring=ring, ulysses=ulysses)
     expected, rope = reference(made, dp)
-    results = run_ranks(train_through_stages, ring * ulysses * dp, made, [0, 2, 3], timeout=240)
+    world, zero_stages = ring * ulysses * dp, [0, 2, 3]
+    results = run_ranks(
+        train_through_stages, world, made, zero_stages, timeout=240, backend=backend
+    )
     for rank_results in results:
         for record, rope_parameters, batch_size in rank_results:
             for step, (got, want) in enumerate(zip(record, expected, strict=True), start=1):

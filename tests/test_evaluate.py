@@ -63,9 +63,12 @@ def alone() -> dict[str, torch.Tensor]:
     return run_ranks(all_answers, 1)[0]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_answers_do_not_depend_on_the_number_of_ranks(alone, world):
-    for answers in run_ranks(all_answers, world):
+@pytest.mark.parametrize(
+    ("world", "backend"),
+    [(2, "gloo"), (4, "gloo"), *(pytest.param(n, "nccl", marks=pytest.mark.gpu) for n in (1, 2))],
+)
+def test_answers_do_not_depend_on_the_number_of_ranks(alone, world, backend):
+    for answers in run_ranks(all_answers, world, backend=backend):
         assert answers.keys() == alone.keys()
         for name, values in answers.items():
             torch.testing.assert_close(values, alone[name], rtol=2e-5, atol=1e-4, msg=name)

@@ -79,6 +79,16 @@ def gradients_on_mesh(ring, ulysses, batches, stages):
 
 @pytest.mark.parametrize(("ring", "ulysses", "dp"), [(2, 2, 1), (2, 1, 2)])
 def test_gradients_equal_one_process(ring, ulysses, dp):
+    check(ring, ulysses, dp)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("ring", "ulysses", "dp"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_gradients_equal_one_process_on_gpus(ring, ulysses, dp):
+    check(ring, ulysses, dp, backend="nccl")
+
+
+def check(ring, ulysses, dp, backend="gloo"):
     model = adapted()
     sums, counts = zip(*(reference_loss_sum(model, b) for b in PACKED[:dp]), strict=True)
     loss = sum(sums) / sum(counts)
@@ -86,7 +96,16 @@ def test_gradients_equal_one_process(ring, ulysses, dp):
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert expected.keys() == {n for n, _ in model.named_parameters() if "lora_" in n}
     stages = [(0, False), (2, False), (3, False), (3, True)]
-    results = run_ranks(gradients_on_mesh, 4, ring, ulysses, PACKED[:dp], stages, timeout=240)
+    results = run_ranks(
+        gradients_on_mesh,
+        dp * ring * ulysses,
+        ring,
+        ulysses,
+        PACKED[:dp],
+        stages,
+        timeout=240,
+        backend=backend,
+    )
     for rank_results in results:
         for (stage, _), (got, grads) in zip(stages, rank_results, strict=True):
             assert got == pytest.approx(loss.item(), rel=1e-5)
@@ -111,7 +130,7 @@ def train_and_export(base, output, stage, dtype):
         hybridsp.parallelize(model, mesh)
     trained = num_parameters(model, only_trainable=True)
     assert 0 < trained < num_parameters(model) / 5
-    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2}}
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
     engine = hybridsp.initialize(model, mesh, config)
     engine.train()
     batch = hybridsp.shard_batch(PACKED[0], mesh)
@@ -123,12 +142,17 @@ def train_and_export(base, output, stage, dtype):
     torch.distributed.barrier()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_adapter_on_base_and_merged_model_are_the_same(tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "backend"),
+    [(2, "gloo"), (3, "gloo"), pytest.param(3, "nccl", marks=pytest.mark.gpu)],
+)
+def test_adapter_on_base_and_merged_model_are_the_same(tmp_path, stage, backend):
     base = tmp_path / "base"
     tiny_model().save_pretrained(base)
     before = load_file(base / "model.safetensors")
-    run_ranks(train_and_export, 2, base, tmp_path, stage, torch.float32)
+    run_ranks(
+        train_and_export, 2, base, tmp_path, stage, torch.float32, timeout=120, backend=backend
+    )
 
     tokens = PACKED[1]["input_ids"]
     load = AutoModelForCausalLM.from_pretrained

@@ -118,11 +118,18 @@ def check(got, want):
     assert not wrong, "relative errors of gradients"
 
 
-@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (2, 2)])
-def test_gradients_equal_one_process(ring, ulysses, subtests):
+@pytest.mark.parametrize(
+    ("ring", "ulysses", "backend"),
+    [
+        *((*degrees, "gloo") for degrees in [(1, 1), (2, 1), (2, 2)]),
+        *(pytest.param(*d, "nccl", marks=pytest.mark.gpu) for d in [(2, 1), (1, 2)]),
+    ],
+)
+def test_gradients_equal_one_process(ring, ulysses, backend, subtests):
     right = {name: reference(batches) for name, (_, _, batches) in TECHNIQUES.items()}
     counts = {name: count for name, (_, count) in right.items()}
-    ranks = run_ranks(all_techniques, ring * ulysses, ring, ulysses, (2, 3), counts, timeout=240)
+    options = {"timeout": 240, "backend": backend}
+    ranks = run_ranks(all_techniques, ring * ulysses, ring, ulysses, (2, 3), counts, **options)
     for stage, name in ranks[0]:
         with subtests.test(f"ZeRO {stage}, {name}"):
             for results in ranks:

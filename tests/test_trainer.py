@@ -94,15 +94,21 @@ CASES = {
 
 @pytest.mark.parametrize(("ring", "ulysses", "dp"), CASES, ids=["dp2 sp2", "sp4"])
 def test_runs_equal_one_process(ring, ulysses, dp, tmp_path):
-    cases = CASES[ring, ulysses, dp]
-    ranks = run_ranks(runs_on_mesh, 4, ring, ulysses, str(tmp_path), cases, timeout=500)
+    check_runs(ring, ulysses, dp, CASES[ring, ulysses, dp], tmp_path)
+
+
+def check_runs(ring, ulysses, dp, cases, directory, backend="gloo"):
+    world = ring * ulysses * dp
+    ranks = run_ranks(
+        runs_on_mesh, world, ring, ulysses, str(directory), cases, timeout=500, backend=backend
+    )
     for index, (kind, collator, _, changes) in enumerate(cases):
-        logs, weights = plain_run(kind, collator, tmp_path / "plain", **changes)
+        logs, weights = plain_run(kind, collator, directory / "plain", **changes)
         assert len(logs) == 3
         for rank in ranks:
             got = torch.tensor(rank[index])
             torch.testing.assert_close(got, torch.tensor(logs), rtol=1e-5, atol=0.0)
-        saved = load_file(tmp_path / str(index) / "model.safetensors")
+        saved = load_file(directory / str(index) / "model.safetensors")
         assert saved.keys() <= weights.keys()
         for name, got in saved.items():
             assert (got - weights[name]).norm() <= 1e-5 * weights[name].norm(), name
