@@ -55,9 +55,12 @@ def appear_at_once(final: Path, *, overwrite: bool = True) -> Iterator[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that has its old content until it has all of the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 

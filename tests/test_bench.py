@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from distributed import run_ranks
 
 from hybridsp.attention.linear import METHODS
-from hybridsp.bench import timing
+from hybridsp.bench import all_scan, timing
 from hybridsp.cli import BENCHES, main
 
 ENVIRONMENT = {
@@ -79,6 +80,7 @@ def test_two_ranks(tmp_path):
 
     told_by_rank_zero(b, tmp_path / "b")
     record = record_of(tmp_path / "b", "all-scan")
+    assert record["complete"] is True
     assert record["options"]["states"] == [[3, 4, 128]]
     assert record["options"]["included"] == [str(tmp_path / "a" / "all-scan.json")]
     assert set(record["fits"]) > {"chain", "doubling"}, "those of the included run"
@@ -97,7 +99,7 @@ def test_two_ranks(tmp_path):
 
 
 def cut_off(lines):
-    """Each bench is stopped in the third call of its `measure`, as by ^C."""
+    """Each bench is stopped in the third call of its `measure`, or in a trace, as by ^C."""
     for line in lines:
         module = importlib.import_module(f"hybridsp.bench.{line[0].replace('-', '_')}")
         calls = itertools.count(1)
@@ -107,8 +109,11 @@ def cut_off(lines):
                 raise KeyboardInterrupt
             return timing.measure(*args, **kwargs)
 
-        module.measure = measure
-        with pytest.raises(KeyboardInterrupt):
+        with (
+            mock.patch.object(module, "measure", measure),
+            mock.patch("hybridsp.bench.trace.record", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
             main(["bench", *line])
 
 
@@ -119,11 +124,25 @@ def test_what_is_cut_off_leaves_the_rows_it_has(tmp_path):
         ["linear", *layer, "--key-dim", "8", "--value-dim", "4", "--pass", "fwd"],
         ["softmax", *layer, *softmax],  # two calls a row: forward, and with the backward
         ["all-scan", "--bytes", "512", "--algorithms", "chain", "--repeats", "1"],
+        ["linear", *layer, "--key-dim", "8", "--value-dim", "4", "--pass", "fwd", "--trace"],
     ]
-    run_ranks(cut_off, 2, [[*line, "--out", str(tmp_path / line[0])] for line in lines])
-    for name, complete in {"linear": 2, "softmax": 1, "all-scan": 2}.items():
-        record = json.loads((tmp_path / name / f"{name}.json").read_text())
-        assert [row["reason"] for row in record["cases"]] == [None] * complete
+    folders = ["linear", "softmax", "all-scan", "trace"]
+    run_ranks(
+        cut_off,
+        2,
+        [[*line, "--out", str(tmp_path / to)] for line, to in zip(lines, folders, strict=True)],
+    )
+    for line, to, rows in zip(lines, folders, [2, 1, 2, 1], strict=True):
+        record = json.loads((tmp_path / to / f"{line[0]}.json").read_text())
+        assert [row["reason"] for row in record["cases"]] == [None] * rows
+        assert record["complete"] is False
+
+
+def test_a_record_that_was_cut_off_is_not_included(tmp_path):
+    path = tmp_path / "all-scan.json"
+    path.write_text(json.dumps({"bench": "all-scan", "cases": [], "complete": False}))
+    with pytest.raises(ValueError, match=r"all-scan\.json is of a run that was cut off"):
+        all_scan._read_included([path])
 
 
 def check_all_scan(record, out):

@@ -1,7 +1,6 @@
 """The arithmetic behind the benchmarks' figures: bytes, fits, floors, overlap, tables."""
 
 import argparse
-import json
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -14,11 +13,9 @@ from distributed import run_ranks
 
 from hybridsp.bench import cost_model, linear_check, report, timing, trace
 from hybridsp.bench.cost_model import Measured, Scan
-from hybridsp.bench.job import attempt
 from hybridsp.bench.linear_ops import Shape, make_inputs
 from hybridsp.bench.options import human_bytes, names, size, sizes
 from hybridsp.bench.scan_cases import shape_of
-from hybridsp.bench.timing import measure
 from hybridsp.collectives.all_scan import all_scan
 from hybridsp.collectives.cost import Link
 from hybridsp.collectives.scans import Line
@@ -245,7 +242,7 @@ def test_only_calls_launched_in_time_count(monkeypatch):
     fakes = {"Event": Event, "_sleep": held.append, "synchronize": lambda: None}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(timing, "gather_objects", lambda ahead: [ahead, True])
+    monkeypatch.setattr(timing, "meet", lambda ahead: [ahead, True])
     mesh = SimpleNamespace(device=torch.device("cuda"), world_size=1)
     # Pairs of events: (1, 2) late, (3, 4) in time, (5, 6) late, (7, 8) in time.
     assert timing._queued_seconds(lambda: None, mesh, 2) == [3, 7]
@@ -292,66 +289,3 @@ def test_table():
         "f              -        -  [1]",
         "[1] cannot run: no such thing",
     ]
-
-
-def test_json_holds_no_nan(tmp_path):
-    report.write_json(tmp_path / "x.json", {"a": [1.5, float("nan")], "b": {"c": math.inf}})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.5, None], "b": {"c": None}}
-
-
-def slow_on_the_last_rank():
-    """Times of a call that only the last rank takes long for, and what fails on it alone."""
-    import time
-
-    rank, mesh = dist.get_rank(), SimpleNamespace(device=torch.device("cpu"), world_size=2)
-    calls = []
-
-    def call():
-        calls.append(None)
-        time.sleep(0.01 * rank)
-
-    times = measure(call, mesh, repeats=4, warmup=2)
-    assert len(calls) == 4 + 2
-
-    def fail():
-        if rank == 1:
-            raise torch.OutOfMemoryError("out of\n memory")
-        return rank
-
-    def bug():
-        raise AssertionError("ours")
-
-    with pytest.raises(AssertionError, match="ours"):
-        attempt(bug, mesh)
-    assert attempt(bug, mesh, foreign=True) == (None, "AssertionError: ours")
-    return times, attempt(fail, mesh), attempt(lambda: rank, mesh)
-
-
-def long_on_the_last_rank():
-    """How often a call is made of which the warm-up's third is only on the last rank long."""
-    import time
-
-    rank, mesh = dist.get_rank(), SimpleNamespace(device=torch.device("cpu"), world_size=2)
-    calls = []
-
-    def call():
-        calls.append(None)
-        time.sleep(0.2 * rank * (len(calls) == 3))
-
-    timing.WARMUP_SECONDS = 0.2
-    measure(call, mesh, repeats=1, warmup=10)
-    return len(calls)
-
-
-def test_long_calls_are_warm_sooner_on_every_rank_alike():
-    assert run_ranks(long_on_the_last_rank, 2) == [3 + 1, 3 + 1]
-
-
-def test_the_slowest_rank_counts_and_failure_is_shared():
-    results = run_ranks(slow_on_the_last_rank, 2)
-    for rank, (times, failed, fine) in enumerate(results):
-        assert 0.01 <= times.p10 <= times.median <= times.p90
-        assert times.peak_bytes is None
-        assert failed == (None, "rank 1: OutOfMemoryError: out of memory")
-        assert fine == (rank, None)
-    assert results[0][0] == results[1][0]

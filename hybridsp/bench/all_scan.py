@@ -32,14 +32,7 @@ from hybridsp.bench import cost_model, trace
 from hybridsp.bench.cost_model import Fit, Measured, Scan
 from hybridsp.bench.job import attempt, job, one_voice
 from hybridsp.bench.options import add_common, human_bytes, names, size, sizes
-from hybridsp.bench.report import (
-    Save,
-    environment,
-    format_table,
-    make_folder,
-    record_writer,
-    scaled,
-)
+from hybridsp.bench.report import Record, environment, format_table, make_folder, scaled
 from hybridsp.bench.scan_cases import (
     ALL_GATHER,
     DIRECTIONS,
@@ -135,25 +128,21 @@ def run(args: argparse.Namespace) -> None:
             folder = mesh.on_rank_zero(make_folder, "all-scan", args.out)
         if shapes is None:
             shapes = [shape_of(num_bytes) for num_bytes in DEFAULT_BYTES[mesh.device.type]]
-        save = record_writer(mesh, folder / "all-scan.json")
-        record = measure_all(args, mesh, shapes, folder, save)
+        record = Record(mesh, folder / "all-scan.json", _header(args, mesh, shapes))
+        measure_cases(args, mesh, shapes, folder, record)
+        points = [*scans_measured(record.content["cases"]), *included]
+        fits = add_fits(record.content, points)
+        record.finish()
         if mesh.rank == 0:
-            fits = add_fits(record, included)
-            save(record)
-            _draw(record, included, fits, folder)
-            print(describe(record, fits, folder))
+            _draw(record.content, points, fits, folder)
+            print(describe(record.content, fits, folder))
 
 
-def measure_all(
-    args: argparse.Namespace,
-    mesh: SPMesh,
-    shapes: list[tuple[int, int, int]],
-    folder: Path,
-    save: Save,
+def _header(
+    args: argparse.Namespace, mesh: SPMesh, shapes: list[tuple[int, int, int]]
 ) -> dict[str, Any]:
-    """The record of a run, without the fits, saved after every row. Collective."""
-    bandwidth = wire_bandwidth(mesh, args.repeats)
-    record: dict[str, Any] = {
+    """What a record says before anything but the wire is measured. Collective."""
+    return {
         "bench": "all-scan",
         "environment": environment(mesh),
         "options": {
@@ -163,23 +152,22 @@ def measure_all(
             "states": shapes,
             "included": [str(path) for path in args.include],
         },
-        "wire_bytes_per_second": bandwidth,
+        "wire_bytes_per_second": wire_bandwidth(mesh, args.repeats),
         "topology": asdict(topology(mesh.sp_group, mesh.device)),
         "cases": [],
         "traces": [],
     }
-    measure_cases(args, mesh, shapes, folder, record, save)
-    return record
 
 
-def add_fits(record: dict[str, Any], included: list[Measured]) -> dict[str, Fit]:
-    """Add to the record each algorithm's fitted link, by name also returned, and what follows."""
-    rows = record["cases"]
-    points = [*scans_measured(rows), *included]
+def add_fits(record: dict[str, Any], points: list[Measured]) -> dict[str, Fit]:
+    """The link that fits each algorithm's points, by name; the record gets them and what follows.
+
+    That is what the model says of its rows, and of more ranks.
+    """
     fits = cost_model.fit_all(points)
     record["fits"] = {name: fitted.as_json() for name, fitted in fits.items()}
     record["predictions"] = cost_model.predictions(points, fits)
-    for row in rows:
+    for row in record["cases"]:
         if "seconds" in row and row["scan"] is not None and row["scan"]["algorithm"] in fits:
             scan = Scan(**row["scan"])
             row["model_seconds"] = scan.seconds(fits[scan.algorithm].link)
@@ -187,10 +175,9 @@ def add_fits(record: dict[str, Any], included: list[Measured]) -> dict[str, Fit]
 
 
 def _draw(
-    record: dict[str, Any], included: list[Measured], fits: dict[str, Fit], folder: Path
+    record: dict[str, Any], points: list[Measured], fits: dict[str, Fit], folder: Path
 ) -> None:
     rows = record["cases"]
-    points = [*scans_measured(rows), *included]
     references = [row for row in rows if row["direction"] is None and "seconds" in row]
     cost_model.draw(points, references, fits, folder / "all-scan.png", _title(record))
 
@@ -200,25 +187,24 @@ def measure_cases(
     mesh: SPMesh,
     shapes: list[tuple[int, int, int]],
     folder: Path,
-    record: dict[str, Any],
-    save: Save,
+    record: Record,
 ) -> None:
     """Add every row to the record, and a line for each trace. Collective."""
     total = len(shapes) * (2 + len(DIRECTIONS) * len(args.algorithms))
     largest = max(shapes, key=_bytes_of)
-    rows, traces = record["cases"], record["traces"]
-    bandwidth = record["wire_bytes_per_second"]
+    rows, traces = record.content["cases"], record.content["traces"]
+    bandwidth = record.content["wire_bytes_per_second"]
     with tqdm(total=total, desc="all-scan", unit="case", disable=mesh.rank > 0) as bar:
         for shape in shapes:
             for case, why_not in cases(args, mesh, shape):
                 call = partial(measure, case.call, mesh, repeats=args.repeats, queued=args.queued)
                 times, reason = attempt(call, mesh) if why_not is None else (None, why_not)
                 rows.append(row_of(case, times, reason, bandwidth, mesh))
+                record.save()
                 bar.update()
                 if args.trace and shape == largest and reason is None and case.scan is not None:
                     path = folder / f"trace-{case.name}-{case.direction}.json"
                     traces.append(trace.record(case.call, mesh, path))
-                save(record)
 
 
 def cases(
@@ -346,12 +332,18 @@ def _read_included(paths: list[Path]) -> list[Measured]:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["bench"] != "all-scan":
                 raise KeyError("all-scan")
-            points += scans_measured(record["cases"])
+            found = scans_measured(record["cases"])
         except (ValueError, KeyError, TypeError) as error:  # no JSON, or other JSON
             raise ValueError(
                 f"--include {path} is no record of bench all-scan ({error!r}): give an "
                 "all-scan.json that it wrote"
             ) from error
+        if not record.get("complete", True):  # older records do not say
+            raise ValueError(
+                f"--include {path} is of a run that was cut off, whose fit would lack what it did "
+                "not reach: give the record of a whole run"
+            )
+        points += found
     return points
 
 

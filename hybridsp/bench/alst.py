@@ -17,7 +17,7 @@ from typing import Any
 from hybridsp.bench.alst_model import KERNELS, make_alst
 from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import size
-from hybridsp.bench.report import Save, environment, format_table, make_folder, record_writer
+from hybridsp.bench.report import Record, environment, format_table, make_folder
 from hybridsp.bench.step_case import WARMUP_STEPS, Case, free, known_gpu
 from hybridsp.bench.step_options import DEFAULT_TOKENS, add_step, add_switch
 from hybridsp.bench.step_report import COLUMNS, draw, row_of, table_row
@@ -81,8 +81,7 @@ def run(args: argparse.Namespace) -> None:
             args.kernel = args.kernel or ("cudnn" if on_gpu else None)
             todo = cases(args, whole)
             folder = whole.on_rank_zero(make_folder, "alst", args.out)
-        save = record_writer(whole, folder / "alst.json")
-        record = measure_all(args, todo, SPMesh(ulysses=whole.world_size), save)
+        record = measure_all(args, todo, SPMesh(ulysses=whole.world_size), folder)
         if whole.rank == 0:
             draw(record, folder / "alst.png")
             print(describe(record, folder))
@@ -130,21 +129,19 @@ def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
 
 
 def measure_all(
-    args: argparse.Namespace,
-    todo: list[Case],
-    mesh: SPMesh,
-    save: Save,
+    args: argparse.Namespace, todo: list[Case], mesh: SPMesh, folder: Path
 ) -> dict[str, Any]:
-    """The record of a run, saved after every row. Collective."""
+    """The record of a run, which is also written to the folder. Collective."""
     gpu = args.gpu or known_gpu(mesh)
     rows: list[dict[str, Any]] = []
-    record: dict[str, Any] = {
+    content = {
         "bench": "alst",
         "environment": environment(mesh),
         "gpu": gpu,
         "options": {name: getattr(args, name) for name in RECORDED},
         "cases": rows,
     }
+    record = Record(mesh, folder / "alst.json", content)
 
     def work(case: Case) -> dict[str, Any]:
         return take_steps(
@@ -154,8 +151,8 @@ def measure_all(
     for case, figures, reason in attempt_each(todo, work, mesh, name="alst"):
         free(mesh)
         rows.append(row_of(case, figures or {}, {}, gpu, reason))
-        save(record)
-    return record
+        record.save()
+    return record.finish()
 
 
 def take_steps(

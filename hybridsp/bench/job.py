@@ -2,13 +2,15 @@
 
 Every rank runs the same benchmark. What the user did wrong is found by all of them and told by one;
 what cannot run on some rank becomes a reason that all of them know, so that none goes on alone into
-the next case. That works between collectives, not inside of them: see `attempt`.
+the next case. A rank that fails tells the others where they meet next (`meet`), be it inside of a
+case or at its end; that works between collectives, not inside of them: see `attempt`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -21,6 +23,17 @@ from hybridsp.mesh import SPMesh, gather_objects
 
 C = TypeVar("C")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a rank brings to a meeting to which it comes because its work has failed."""
+
+    reason: str
+
+
+class RankFailedError(RuntimeError):
+    """Some rank has failed, and all have met since: whoever catches this need tell nobody."""
 
 
 @contextmanager
@@ -68,10 +81,10 @@ def attempt(
 ) -> tuple[T | None, str | None]:
     """What `work()` returns, or the reason why it cannot run on some rank. Collective.
 
-    A rank that fails before `work` communicates, or after, or where all ranks fail, is told of. One
-    that fails alone between two collectives of `work`, for lack of memory say, leaves the others
-    waiting in the second, where nobody can tell them: they fail at the group's timeout, by an error
-    or, under NCCL, by the end of the process.
+    A rank that fails where the others, in `work`, `meet` next is told of, and so is one behind
+    whose failure `work` does not communicate any more. One that fails alone before some other
+    collective, for lack of memory say, leaves the others waiting in that, where nobody can tell
+    them: they fail at the group's timeout, by an error or, under NCCL, by the end of the process.
 
     Refusals and lack of memory are reasons, and whatever else PyTorch reports as a RuntimeError;
     other errors are bugs of ours and are raised. Of `foreign` code every error is a reason.
@@ -80,15 +93,33 @@ def attempt(
     result, reason = None, None
     try:
         result = work()
+        meet(None)
+    except RankFailedError as error:
+        result, reason = None, str(error)
     except reasons_here as error:
         speaks = isinstance(error, (ValueError, ImportError))
         text = str(error) if speaks else f"{type(error).__name__}: {error}"
-        reason = " ".join(text.split())
-    reasons = gather_objects(reason)
+        reason = _first_failure(gather_objects(Failed(" ".join(text.split()))))
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
-    told = [(rank, text) for rank, text in enumerate(reasons) if text is not None]
+    return result, reason
+
+
+def meet(value: T) -> list[T]:
+    """Every rank's value, in rank order. Collective over the world, inside of an `attempt`.
+
+    Raises:
+        RankFailedError: a rank came whose work has failed; every rank learns of the same one.
+    """
+    brought = gather_objects(value)
+    if (reason := _first_failure(brought)) is not None:
+        raise RankFailedError(reason)
+    return brought
+
+
+def _first_failure(brought: Sequence[object]) -> str | None:
+    told = [(rank, each.reason) for rank, each in enumerate(brought) if isinstance(each, Failed)]
     if not told:
-        return result, None
-    rank, text = told[0]
-    return None, text if rank == 0 else f"rank {rank}: {text}"
+        return None
+    rank, reason = told[0]
+    return reason if rank == 0 else f"rank {rank}: {reason}"

@@ -38,7 +38,7 @@ from hybridsp.bench.linear_ops import (
 )
 from hybridsp.bench.linear_report import describe, draw
 from hybridsp.bench.options import add_common, add_layer, names
-from hybridsp.bench.report import Save, environment, make_folder, record_writer
+from hybridsp.bench.report import Record, environment, make_folder
 from hybridsp.bench.timing import Times, check_queued, copy_bandwidth, measure, seconds_of_one
 from hybridsp.collectives.all_scan import ALGORITHMS
 from hybridsp.launch import rank_from_environment
@@ -116,16 +116,16 @@ def run(args: argparse.Namespace) -> None:
         with one_voice():
             check_queued(mesh, queued=args.queued)
             folder = mesh.on_rank_zero(make_folder, "linear", args.out)
-        record = measure_all(args, mesh, folder, record_writer(mesh, folder / "linear.json"))
+        record = measure_all(args, mesh, folder)
         if mesh.rank == 0:
             draw(record["cases"], folder / "linear.png", record["environment"])
             print(describe(record, folder))
 
 
-def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path, save: Save) -> dict[str, Any]:
-    """The record of a run, saved after every row. Collective."""
+def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[str, Any]:
+    """The record of a run, which is also written to the folder. Collective."""
     bandwidth = copy_bandwidth(mesh, repeats=args.repeats)
-    record: dict[str, Any] = {
+    content: dict[str, Any] = {
         "bench": "linear",
         "environment": environment(mesh),
         "options": _options(args, mesh),
@@ -135,13 +135,14 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path, save: Save
         "kernels": [],
         "traces": [],
     }
-    measure_cases(args, mesh, folder, record, save)
+    record = Record(mesh, folder / "linear.json", content)
+    measure_cases(args, mesh, folder, record)
     if args.check:
-        record["checks"] = linear_check.check_all(args, mesh)
+        record.content["checks"] = linear_check.check_all(args, mesh)
+        record.save()
     if args.kernels:
-        record["kernels"] = _kernels(args, mesh, bandwidth)
-    save(record)
-    return record
+        record.content["kernels"] = _kernels(args, mesh, bandwidth)
+    return record.finish()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,14 +198,12 @@ def shape_of(args: argparse.Namespace, tokens: int) -> Shape:
     )
 
 
-def measure_cases(
-    args: argparse.Namespace, mesh: SPMesh, folder: Path, record: dict[str, Any], save: Save
-) -> None:
+def measure_cases(args: argparse.Namespace, mesh: SPMesh, folder: Path, record: Record) -> None:
     """Add every case's row to the record, and a line for each trace. Collective."""
     todo = cases(args, mesh)
     longest = max(case.shape.tokens for case in todo)
     first_calls: dict[tuple[str, ...], float] = {}
-    rows, traces = record["cases"], record["traces"]
+    rows, traces = record.content["cases"], record.content["traces"]
     for case in tqdm(todo, desc="linear", unit="case", disable=mesh.rank > 0):
         work = partial(_measure, case, args, mesh, first_calls.get(case.kind))
         result, reason = attempt(work, mesh, foreign=case.backend == FLA)
@@ -212,12 +211,12 @@ def measure_cases(
             result = {"times": {}}
         elif case.kind not in first_calls:
             first_calls[case.kind] = result["first_call_seconds"]
-        rows.append(_row(case, result, reason, record["copy_bytes_per_second"]))
+        rows.append(_row(case, result, reason, record.content["copy_bytes_per_second"]))
+        _add_tax(rows)
+        record.save()
         if args.trace and reason is None and case.shape.tokens == longest:
             path = folder / f"trace-{'-'.join(case.kind)}-{longest}.json"
             traces.append(_trace(case, args, mesh, path))
-        _add_taxes(rows)
-        save(record)
 
 
 def _measure(
@@ -267,20 +266,20 @@ def _row(
     }
 
 
-def _add_taxes(rows: list[dict[str, Any]]) -> None:
-    """The SP tax of each pass, where `local` with the same backend and tokens was measured."""
-    for row in rows:
-        if row["method"] == LOCAL:
-            continue
-        (alone,) = (
-            other
-            for other in rows
-            if other["method"] == LOCAL
-            and all(other[key] == row[key] for key in ("backend", "tokens_per_rank"))
-        )
-        for name, figures in row["passes"].items():
-            if name in alone["passes"]:
-                figures["sp_tax"] = figures["seconds"] / alone["passes"][name]["seconds"]
+def _add_tax(rows: list[dict[str, Any]]) -> None:
+    """To the last row the SP tax of each pass, where `local`, which came before it, has that."""
+    *before, row = rows
+    if row["method"] == LOCAL:
+        return
+    (alone,) = (
+        other
+        for other in before
+        if other["method"] == LOCAL
+        and all(other[key] == row[key] for key in ("backend", "tokens_per_rank"))
+    )
+    for name, figures in row["passes"].items():
+        if name in alone["passes"]:
+            figures["sp_tax"] = figures["seconds"] / alone["passes"][name]["seconds"]
 
 
 def _trace(case: Case, args: argparse.Namespace, mesh: SPMesh, path: Path) -> str:

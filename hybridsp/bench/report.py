@@ -1,8 +1,9 @@
 """What a benchmark leaves behind: a table on the screen, one JSON file, a picture.
 
 The JSON file is the record: what was asked, on what it ran, every case with its figures or the
-reason why it has none. Numbers in it are in SI units and their names say so; a number that is not
-finite is null. The table is for reading, and so rounded.
+reason why it has none. It is written anew after every case, so that a run that is cut off leaves
+what it has, and says at its end that it is complete. Numbers in it are in SI units and their names
+say so; a number that is not finite is null. The table is for reading, and so rounded.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import math
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import torch.distributed as dist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hybridsp.bench.job import one_voice
 from hybridsp.bench.options import human_bytes
 from hybridsp.files import write_atomically
 from hybridsp.mesh import SPMesh, gather_objects
@@ -108,20 +111,38 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     write_atomically(path, text + "\n")
 
 
-Save = Callable[[Mapping[str, Any]], None]
+class Record:
+    """What a run has found so far, on every rank; rank 0 keeps its file up to date.
 
-
-def record_writer(mesh: SPMesh, path: Path) -> Save:
-    """What writes a record there, of the first rank only.
-
-    Called after every row: a run that is cut off leaves those it has.
+    Args:
+        mesh: the job.
+        path: of the file.
+        content: what it begins with; more is put into it as it is found.
     """
 
-    def save(record: Mapping[str, Any]) -> None:
-        if mesh.rank == 0:
-            write_json(path, record)
+    def __init__(self, mesh: SPMesh, path: Path, content: dict[str, Any]) -> None:
+        self.content = {**content, "complete": False}
+        self._mesh, self._path = mesh, path
 
-    return save
+    def save(self) -> None:
+        """Write what there is. A file that cannot be written now costs the run no figures."""
+        if self._mesh.rank > 0:
+            return
+        try:
+            write_json(self._path, self.content)
+        except OSError as error:
+            warnings.warn(f"{self._path} is not up to date: {error}", stacklevel=2)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the whole record and return it. Collective over the world.
+
+        Raises:
+            ValueError: the file cannot be written; other ranks than the first exit.
+        """
+        self.content["complete"] = True
+        with one_voice():
+            self._mesh.on_rank_zero(write_json, self._path, self.content)
+        return self.content
 
 
 def new_figure(panels: int) -> tuple[Figure, list[Any]]:

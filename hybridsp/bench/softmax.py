@@ -22,7 +22,7 @@ from hybridsp.attention.ring_plan import VARIANTS
 from hybridsp.bench import softmax_check, trace
 from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import add_common, add_layer, names, size, sizes
-from hybridsp.bench.report import Save, environment, make_folder, record_writer
+from hybridsp.bench.report import Record, environment, make_folder
 from hybridsp.bench.softmax_cases import (
     DOUBLE,
     LOCAL,
@@ -156,16 +156,16 @@ def run(args: argparse.Namespace) -> None:
             check_queued(mesh, queued=args.queued)
             document_bounds(min(args.tokens_per_rank), max(args.documents), args.seed)
             folder = mesh.on_rank_zero(make_folder, "softmax", args.out)
-        record = measure_all(args, mesh, folder, record_writer(mesh, folder / "softmax.json"))
+        record = measure_all(args, mesh, folder)
         if mesh.rank == 0:
             draw(record, folder / "softmax.png")
             print(describe(record, folder))
 
 
-def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path, save: Save) -> dict[str, Any]:
-    """The record of a run, saved after every row. Collective."""
+def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[str, Any]:
+    """The record of a run, which is also written to the folder. Collective."""
     ways = all_ways(args, mesh)
-    record: dict[str, Any] = {
+    content: dict[str, Any] = {
         "bench": "softmax",
         "environment": environment(mesh),
         "options": {name: getattr(args, name) for name in RECORDED},
@@ -175,33 +175,30 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path, save: Save
         "checks": [],
         "traces": [],
     }
-    measure_cases(args, ways, mesh, folder, record, save)
-    record["model"] = model_of(args, ways, record["cases"], *links_of(args, mesh))
+    record = Record(mesh, folder / "softmax.json", content)
+    measure_cases(args, ways, mesh, folder, record)
+    content = record.content
+    content["model"] = model_of(args, ways, content["cases"], *links_of(args, mesh))
     if args.check:
-        record["checks"] = softmax_check.check_all(ways, work_of(args, 1, 1), args.seed, mesh)
-    save(record)
-    return record
+        record.save()
+        content["checks"] = softmax_check.check_all(ways, work_of(args, 1, 1), args.seed, mesh)
+    return record.finish()
 
 
 def measure_cases(
-    args: argparse.Namespace,
-    ways: list[Way],
-    mesh: SPMesh,
-    folder: Path,
-    record: dict[str, Any],
-    save: Save,
+    args: argparse.Namespace, ways: list[Way], mesh: SPMesh, folder: Path, record: Record
 ) -> None:
     """Add every case's row to the record, and a line for each trace. Collective."""
     todo = plan(args, ways)
     longest = max(args.tokens_per_rank)
-    rows, traces = record["cases"], record["traces"]
+    rows, traces = record.content["cases"], record.content["traces"]
     work = partial(_measure, args=args, mesh=mesh)
     for case, times, reason in attempt_each(todo, work, mesh, name="softmax"):
         rows.append(row_of(case, times or {}, reason))
+        add_comparisons(rows, mesh.world_size)
+        record.save()
         if args.trace and reason is None and case.tokens_per_rank == longest:
             traces.append(_trace(case, args, mesh, folder))
-        add_comparisons(rows, mesh.world_size)
-        save(record)
 
 
 def _measure(case: Case, args: argparse.Namespace, mesh: SPMesh) -> dict[str, Times]:

@@ -16,12 +16,13 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybridsp.bench.job import attempt, attempt_each, job, one_voice
-from hybridsp.bench.report import Save, environment, make_folder, record_writer
+from hybridsp.bench.report import Record, environment, make_folder
 from hybridsp.bench.step_case import Case, free, known_gpu, predict, take_steps
 from hybridsp.bench.step_data import ONE, OWN
 from hybridsp.bench.step_longest import find_longest
@@ -58,21 +59,17 @@ def run(args: argparse.Namespace) -> None:
         with one_voice():
             todo = cases(args, whole)
             folder = whole.on_rank_zero(make_folder, "step", args.out)
-        save = record_writer(whole, folder / "step.json")
-        record = measure_all(args, todo, whole, save)
+        record = measure_all(args, todo, whole, folder)
         if whole.rank == 0:
             draw(record, folder / "step.png")
             print(describe(record, folder))
 
 
 def measure_all(
-    args: argparse.Namespace,
-    todo: list[Case],
-    whole: SPMesh,
-    save: Save,
+    args: argparse.Namespace, todo: list[Case], whole: SPMesh, folder: Path
 ) -> dict[str, Any]:
-    """The record of a run, saved after every row. Collective."""
-    table = Table(args, whole, save)
+    """The record of a run, which is also written to the folder. Collective."""
+    table = Table(args, whole, folder)
     for case, figures, reason in attempt_each(todo, table.measure, whole, name="step"):
         table.add(case, figures, reason)
     if args.longest:
@@ -84,9 +81,8 @@ def measure_all(
             return table.add(case, *attempt(partial(once, case), whole))
 
         found = find_longest(todo, table.rows, attempt_once, args.longest, table.cluster())
-        table.record["longest"] = [each._asdict() for each in found]
-        save(table.record)
-    return table.record
+        table.record.content["longest"] = [each._asdict() for each in found]
+    return table.record.finish()
 
 
 class Table:
@@ -95,15 +91,15 @@ class Table:
     Args:
         args: the options.
         whole: the job.
-        save: called with the record after every row.
+        folder: where the record is written.
     """
 
-    def __init__(self, args: argparse.Namespace, whole: SPMesh, save: Save) -> None:
+    def __init__(self, args: argparse.Namespace, whole: SPMesh, folder: Path) -> None:
         where = environment(whole)
         self.gpu = args.gpu or known_gpu(whole)
         self.local_ranks = -(-where["world"] // where["hosts"])
         self.rows: list[dict[str, Any]] = []
-        self.record = {
+        content = {
             "bench": "step",
             "environment": where,
             "gpu": self.gpu,
@@ -111,7 +107,8 @@ class Table:
             "cases": self.rows,
             "longest": [],
         }
-        self._whole, self._save = whole, save
+        self.record = Record(whole, folder / "step.json", content)
+        self._whole = whole
         self._options = {"steps": args.steps, "warmup_tokens": args.warmup_tokens}
         self._options["profiled"] = args.profile
         self._meshes: dict[tuple[int, int], SPMesh] = {}
@@ -130,7 +127,7 @@ class Table:
         predicted = predict(case, self.gpu, self.local_ranks)
         row = row_of(case, figures or {}, predicted, self.gpu, reason)
         self.rows.append({**row, "left_bytes": left})
-        self._save(self.record)
+        self.record.save()
         return self.rows[-1]
 
     def cluster(self) -> Cluster | None:

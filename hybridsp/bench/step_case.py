@@ -22,12 +22,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybridsp
+from hybridsp.bench.job import meet
 from hybridsp.bench.step_data import ONE, Sequence, random_sequence, text_sequence
 from hybridsp.bench.step_profile import profile_step
 from hybridsp.bench.timing import measure
 from hybridsp.convert import hybrid_config
 from hybridsp.deepspeed_config import deepspeed_config, first_iteration
-from hybridsp.mesh import SPMesh, gather_objects
+from hybridsp.mesh import SPMesh
 from hybridsp.planner import Cluster, ModelShape, Setting, load_shape
 from hybridsp.planner.files import DTYPES
 from hybridsp.planner.hardware import GPUS
@@ -301,7 +302,7 @@ def _memory_of_rank(mesh: SPMesh) -> dict[str, int | None]:
 
 
 def _largest_of_ranks(figures: Mapping[str, int | None]) -> dict[str, int | None]:
-    ranks = gather_objects(dict(figures))
+    ranks = meet(dict(figures))
     told = {name: [rank[name] for rank in ranks] for name in figures}
     return {
         name: max((each for each in numbers if each is not None), default=None)

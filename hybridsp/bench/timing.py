@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybridsp.mesh import SPMesh, gather_objects
+from hybridsp.bench.job import meet
+from hybridsp.mesh import SPMesh
 
-# Calls before those that count; fewer where they are long, since what is still cold after so many
-# seconds is lost in one that takes seconds itself.
-WARMUP_CALLS, WARMUP_SECONDS = 3, 5.0
+# Calls before those that count. The first compiles, tunes and connects, however long it takes; one
+# behind it that is long itself is warm, and what is still cold is lost in the next.
+WARMUP_CALLS, LONG_CALL_SECONDS = 3, 2.0
 # Seconds for which the GPU is held, at first and at most, so that the host gets ahead of it.
 FIRST_HOLD, LAST_HOLD = 0.01, 1.0
 CYCLES_PER_SECOND = 2e9  # about what a GPU runs at; how long exactly it is held does not matter
@@ -38,12 +39,14 @@ class Times:
         median, p10, p90: seconds, of the rank whose median is largest.
         peak_bytes: most memory that PyTorch had allocated on a rank's GPU, what was there before
             the call included; None on a CPU.
+        warmup_calls: calls before those that were timed.
     """
 
     median: float
     p10: float
     p90: float
     peak_bytes: int | None
+    warmup_calls: int
 
     def as_json(self) -> dict[str, float | int | None]:
         """The figures by name, with the unit in it."""
@@ -52,6 +55,7 @@ class Times:
             "seconds_p10": self.p10,
             "seconds_p90": self.p90,
             "peak_bytes": self.peak_bytes,
+            "warmup_calls": self.warmup_calls,
         }
 
 
@@ -65,19 +69,24 @@ def measure(
 ) -> Times:
     """Time `call`, which every rank of the mesh makes. Collective over the world.
 
+    Ranks wait for each call that warms up, and meet behind it. On a GPU the host runs ahead of
+    those that are timed, as in training, up to the barrier before each.
+
     Args:
         call: what is timed; its result is dropped at once.
         mesh: the job; says on which device.
         repeats: timed calls, at least 1.
-        warmup: calls before them, at most; the last is that with which they took
-            `WARMUP_SECONDS`.
+        warmup: calls before them, at most; the second is the last if it takes
+            `LONG_CALL_SECONDS`, and so on.
         queued: hold the GPU until the host has launched the whole call; on a GPU only.
 
     Raises:
         RuntimeError: `queued`, and the call waits for the GPU, so that it cannot be launched ahead.
+        RankFailedError: another rank failed while it warmed up.
     """
     on_gpu = mesh.device.type == "cuda"
-    _warm_up(call, mesh, warmup)
+    warmup_calls = _warm_up(call, mesh, warmup)
+    synchronize(mesh)  # also what the caller has warmed up, on streams of its own
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     timed = _clock_seconds
@@ -87,19 +96,29 @@ def measure(
     levels = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     mine = torch.tensor(seconds, dtype=torch.float64).quantile(levels).tolist()
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    ranks = gather_objects((mine, peak))
+    ranks = meet((mine, peak))
     median, p10, p90 = max(quantiles for quantiles, _ in ranks)
     peaks = [peak for _, peak in ranks if peak is not None]
-    return Times(median=median, p10=p10, p90=p90, peak_bytes=max(peaks, default=None))
+    return Times(
+        median=median,
+        p10=p10,
+        p90=p90,
+        peak_bytes=max(peaks, default=None),
+        warmup_calls=warmup_calls,
+    )
 
 
 def seconds_of_one(call: Callable[[], Any], mesh: SPMesh) -> float:
-    """Wall seconds of one call, compiling and tuning included; the slowest rank's. Collective."""
+    """Wall seconds of one call, compiling and tuning included; the slowest rank's. Collective.
+
+    Raises:
+        RankFailedError: the call, or what was before it, has failed on another rank.
+    """
     synchronize(mesh)
     start = time.perf_counter()
     call()
     synchronize(mesh)
-    return max(gather_objects(time.perf_counter() - start))
+    return max(meet(time.perf_counter() - start))
 
 
 def copy_bandwidth(mesh: SPMesh, *, repeats: int) -> float:
@@ -138,12 +157,12 @@ def hold_gpu(seconds: float) -> None:
     torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))  # kernel `spin_kernel`
 
 
-def _warm_up(call: Callable[[], Any], mesh: SPMesh, most: int) -> None:
-    spent = 0.0
-    for _ in range(most):
-        spent += seconds_of_one(call, mesh)
-        if spent >= WARMUP_SECONDS:
-            return
+def _warm_up(call: Callable[[], Any], mesh: SPMesh, most: int) -> int:
+    """How many calls it took, the same on every rank. Collective."""
+    for made in range(1, most + 1):
+        if seconds_of_one(call, mesh) >= LONG_CALL_SECONDS and made > 1:
+            return made
+    return most
 
 
 def _event_seconds(call: Callable[[], Any], mesh: SPMesh, repeats: int) -> list[float]:
@@ -165,7 +184,7 @@ def _queued_seconds(call: Callable[[], Any], mesh: SPMesh, repeats: int) -> list
         start, stop = _between_events(call)
         ahead = not start.query()
         torch.cuda.synchronize()
-        if all(gather_objects(ahead)):
+        if all(meet(ahead)):
             seconds.append(start.elapsed_time(stop) / 1e3)
         elif hold < LAST_HOLD:
             hold *= 2

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hybridsp.bench.job import attempt, job, one_voice
-from hybridsp.bench.report import environment, make_folder, write_json
+from hybridsp.bench.report import Record, environment, make_folder
 from hybridsp.evaluate.agreement import score_text
 from hybridsp.evaluate.needle import NeedleSettings, find_needles
 from hybridsp.evaluate.options import Options, add_arguments
@@ -65,7 +65,7 @@ class Evaluation:
         world.on_every_rank(self._require_enough_text)
         self.trained = world.on_every_rank(_trained_length, options)
         self.results: dict[str, dict[str, Any]] = {}
-        self.record = {
+        self.header = {
             "environment": environment(world),
             "options": {**asdict(options), "text": str(options.text), "out": str(options.out)},
             "dtype": dtype,
@@ -77,6 +77,7 @@ class Evaluation:
     def run(self) -> None:
         """Ask every model; print the tables and write the record. Collective."""
         folder = self.world.on_rank_zero(make_folder, "eval", self.options.out)
+        record = Record(self.world, folder / "eval.json", self.header)
         teacher = None
         if self.options.teacher is not None and "text" in self.options.tasks:
             teacher = load_subject("teacher", self.options.teacher, self.world, self.dtype)
@@ -85,8 +86,8 @@ class Evaluation:
             subject = teacher if is_teacher else None
             subject = subject or load_subject(name, path, self.world, self.dtype)
             self.results[name] = self._ask(name, subject, teacher)
-            if self.world.rank == 0:
-                write_json(folder / "eval.json", self.record)
+            record.save()
+        record.finish()
         if self.world.rank == 0:
             draw(folder / "eval.png", self.results)
             print(render(self.results))
