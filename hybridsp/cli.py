@@ -23,14 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# name -> (module with add_arguments(parser) and run(args), what it measures)
+# name -> (module of hybridsp.bench with add_arguments(parser) and run(args), what it measures)
 BENCHES = {
-    "all-scan": ("hybridsp.bench.all_scan", "every All-Scan algorithm against the raw wire"),
-    "linear": ("hybridsp.bench.linear", "linear attention: memory floor, FLA, SP methods"),
-    "softmax": ("hybridsp.bench.softmax", "softmax attention: kernels, ring x Ulysses, balance"),
-    "step": ("hybridsp.bench.step", "one training step: time and memory, beside the plan's"),
-    "alst": ("hybridsp.bench.alst", "the rival: DeepSpeed's own ALST on the dense model"),
-    "tune": ("hybridsp.bench.tune", "find the fastest launches of the kernels on this chip"),
+    "all-scan": ("all_scan.command", "every All-Scan algorithm against the raw wire"),
+    "linear": ("linear.command", "linear attention: memory floor, FLA, SP methods"),
+    "softmax": ("softmax.command", "softmax attention: kernels, ring x Ulysses, balance"),
+    "step": ("step.command", "one training step: time and memory, beside the plan's"),
+    "alst": ("alst.command", "the rival: DeepSpeed's own ALST on the dense model"),
+    "tune": ("tune", "find the fastest launches of the kernels on this chip"),
 }
 
 
@@ -69,7 +69,7 @@ def add_bench(subcommands: argparse._SubParsersAction, common: argparse.Argument
             allow_abbrev=False,
             help=what,
             description=what[0].upper() + what[1:] + ".",
-            module=module,
+            module=f"hybridsp.bench.{module}",
         )
 
 

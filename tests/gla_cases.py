@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybridsp.bench import linear_check
-from hybridsp.bench.linear_check import RESULTS, relative_error
+from hybridsp.bench.linear import check as linear_check
+from hybridsp.bench.linear.check import RESULTS, relative_error
 from hybridsp.ops.gla.contract import segment_ids
 
 SCALE = 0.3

@@ -15,7 +15,8 @@ import pytest
 from distributed import run_ranks
 
 from hybridsp.attention.linear import METHODS
-from hybridsp.bench import all_scan, timing
+from hybridsp.bench import timing
+from hybridsp.bench.all_scan import command as all_scan
 from hybridsp.cli import BENCHES, main
 
 ENVIRONMENT = {
@@ -101,7 +102,7 @@ def test_two_ranks(tmp_path):
 def cut_off(lines):
     """Each bench is stopped in the third call of its `measure`, or in a trace, as by ^C."""
     for line in lines:
-        module = importlib.import_module(f"hybridsp.bench.{line[0].replace('-', '_')}")
+        module = importlib.import_module(f"hybridsp.bench.{BENCHES[line[0]][0]}")
         calls = itertools.count(1)
 
         def measure(*args, calls=calls, **kwargs):

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from cases import case
 from distributed import run_ranks
 
-from hybridsp.bench import cost_model, linear_check, report, timing, trace
-from hybridsp.bench.cost_model import Measured, Scan
-from hybridsp.bench.linear_ops import Shape, make_inputs
+from hybridsp.bench import report, timing, trace
+from hybridsp.bench.all_scan import cost_model
+from hybridsp.bench.all_scan.cases import shape_of
+from hybridsp.bench.all_scan.cost_model import Measured, Scan
+from hybridsp.bench.linear import check as linear_check
+from hybridsp.bench.linear.ops import Shape, make_inputs
 from hybridsp.bench.options import human_bytes, names, size, sizes
-from hybridsp.bench.scan_cases import shape_of
 from hybridsp.collectives.all_scan import all_scan
 from hybridsp.collectives.cost import Link
 from hybridsp.collectives.scans import Line

@@ -6,10 +6,10 @@ from distributed import DEEPSPEED, PRELOAD, run_ranks
 from test_bench import TINY_LAYER, command, commands, record_of, told_by_rank_zero
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hybridsp.bench import cost_model
-from hybridsp.bench.alst_model import divisor_from, make_alst
-from hybridsp.bench.cost_model import Measured, Scan, predictions
-from hybridsp.bench.step_case import Case
+from hybridsp.bench.all_scan import cost_model
+from hybridsp.bench.all_scan.cost_model import Measured, Scan, predictions
+from hybridsp.bench.alst.model import divisor_from, make_alst
+from hybridsp.bench.step.case import Case
 from hybridsp.collectives.cost import Link
 from hybridsp.mesh import SPMesh
 from hybridsp.planner import Setting

@@ -10,11 +10,12 @@ import torch
 from distributed import run_ranks
 from test_bench import ENVIRONMENT, command, commands, told_by_rank_zero
 
-from hybridsp.bench import report, softmax_report
-from hybridsp.bench.softmax import add_comparisons
-from hybridsp.bench.softmax_cases import Case, Way, chosen_variant, splits
-from hybridsp.bench.softmax_ops import EmulatedRing, Raw, make_inputs
-from hybridsp.bench.softmax_work import Work, balance, count_pairs, document_bounds
+from hybridsp.bench import report
+from hybridsp.bench.softmax import report as softmax_report
+from hybridsp.bench.softmax.cases import Case, Way, chosen_variant, splits
+from hybridsp.bench.softmax.command import add_comparisons
+from hybridsp.bench.softmax.ops import EmulatedRing, Raw, make_inputs
+from hybridsp.bench.softmax.work import Work, balance, count_pairs, document_bounds
 from hybridsp.cli import main
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.reference import naive_attention
@@ -296,7 +297,7 @@ def what_auto_is_asked():
     op = way.op(make_inputs(packed, 16, mesh.device, seed=0), packed)
     with (
         mock.patch("hybridsp.attention.softmax.choose_variant", return_value="ring") as layers,
-        mock.patch("hybridsp.bench.softmax_cases.choose_variant", return_value="x") as benches,
+        mock.patch("hybridsp.bench.softmax.cases.choose_variant", return_value="x") as benches,
     ):
         op.forward()
         assert chosen_variant(Case(way=way, tokens_per_rank=16, work=packed)) == "x"

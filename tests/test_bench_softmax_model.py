@@ -5,7 +5,7 @@ import math
 import pytest
 from test_bench_softmax import work
 
-from hybridsp.bench.softmax_model import Layer
+from hybridsp.bench.softmax.model import Layer
 from hybridsp.collectives.cost import Link
 
 WAYS = [(1, 8, "ring"), (8, 1, "ring"), (4, 2, "ring"), (4, 2, "allgather")]

@@ -11,8 +11,9 @@ from planner_cases import SOURCES
 from test_bench import command, commands, record_of, told_by_rank_zero
 from tiny import tiny_config
 
-from hybridsp.bench import step, step_case
-from hybridsp.bench.step_report import row_of, table_row
+from hybridsp.bench.step import case as step_case
+from hybridsp.bench.step import command as step
+from hybridsp.bench.step.report import row_of, table_row
 from hybridsp.planner import GPUS, Cluster
 from hybridsp.planner.kernels import model_flops
 from hybridsp.planner.memory import memory

@@ -11,11 +11,11 @@ from tiny import tiny_model
 from tiny_softmax import tiny_softmax_model
 from torch.nn import functional as F
 
-from hybridsp.bench import step_longest
-from hybridsp.bench.step_case import Case
-from hybridsp.bench.step_data import OWN, Sequence, random_sequence, text_sequence
-from hybridsp.bench.step_longest import find_longest
-from hybridsp.bench.step_profile import IDLE, LOSS, OPTIMIZER, STEP, tabulate
+from hybridsp.bench.step import longest as step_longest
+from hybridsp.bench.step.case import Case
+from hybridsp.bench.step.data import OWN, Sequence, random_sequence, text_sequence
+from hybridsp.bench.step.longest import find_longest
+from hybridsp.bench.step.profile import IDLE, LOSS, OPTIMIZER, STEP, tabulate
 from hybridsp.planner import Cluster, Setting
 
 PRELOAD += DEEPSPEED

@@ -13,7 +13,8 @@ from test_engine import PACKED, deepspeed_config
 from tiny import tiny_model
 
 import hybridsp
-from hybridsp.bench import alst, step_case
+from hybridsp.bench.alst import command as alst
+from hybridsp.bench.step import case as step_case
 from hybridsp.distill import Teacher
 from hybridsp.planner import Setting
 from hybridsp.release import release

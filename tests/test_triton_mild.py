@@ -17,7 +17,7 @@ from gla_cases import SCALE, errors, exact_results, make_inputs
 from interpreter_bf16 import right_bf16
 from triton_gla_cases import Case, run_passes
 
-from hybridsp.bench.linear_check import relative_error
+from hybridsp.bench.linear.check import relative_error
 
 CHUNK, KEY_DIM = 64, 24
 LIMIT = -160.0  # log2, of a chunk

@@ -3,13 +3,16 @@
     all_scan    every All-Scan algorithm against the raw wire      hybridsp bench all-scan
     linear      the linear layer against its memory floor, FLA     hybridsp bench linear
                 and every other way to parallelise it
-    softmax     softmax attention against the kernel of one    hybridsp bench softmax
+    softmax     softmax attention against the kernel of one        hybridsp bench softmax
                 device, every split in ring x Ulysses
-    step        one training step of a whole model, beside     hybridsp bench step
+    step        one training step of a whole model, beside         hybridsp bench step
                 the planner's memory and time
+    alst        the rival's step: DeepSpeed's own ALST             hybridsp bench alst
+    tune        the kernels' launches for a new chip               hybridsp bench tune
 
-A benchmark is a module with `add_arguments(parser)` and `run(args)`, named in `cli.BENCHES`. It
-measures with `timing`, joins the job and speaks with one voice through `job`, and leaves a table, a
-JSON file and a picture through `report`. Whatever cannot run is a row that says why, so that one
-run answers for a whole cluster.
+Each folder begins at `command`, a module with `add_arguments(parser)` and `run(args)` that is named
+in `cli.BENCHES`. What they share lies beside them: `job` starts the ranks, lets them meet and speak
+with one voice, `timing` measures a call, `trace` shows what hides behind what, and `report` keeps
+the record on disk and draws tables and pictures. Whatever cannot run is a row that says why, so
+that one run answers for a whole cluster.
 """

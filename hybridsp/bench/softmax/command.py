@@ -1,7 +1,7 @@
 """`hybridsp bench softmax`: softmax attention over many ranks against the kernel of one.
 
-Each row is one way to compute causal attention on so many tokens per rank (`softmax_cases`). A rate
-is the FLOPs that a rank's share of the pairs needs (`softmax_work`) over the time of the slowest
+Each row is one way to compute causal attention on so many tokens per rank (`cases`). A rate
+is the FLOPs that a rank's share of the pairs needs (`work`) over the time of the slowest
 rank, so what is computed in vain, waited for or badly balanced lowers it. Percentages are of the
 rate of `local` with the same backend on one document: one causal call over one rank's tokens.
 
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridsp.attention.ring_plan import VARIANTS
-from hybridsp.bench import softmax_check, trace
+from hybridsp.bench import trace
 from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import add_common, add_layer, names, size, sizes
 from hybridsp.bench.report import Record, environment, make_folder
-from hybridsp.bench.softmax_cases import (
+from hybridsp.bench.softmax import check
+from hybridsp.bench.softmax.cases import (
     DOUBLE,
     LOCAL,
     PARALLEL,
@@ -35,10 +36,10 @@ from hybridsp.bench.softmax_cases import (
     splits,
     work_of,
 )
-from hybridsp.bench.softmax_model import Layer
-from hybridsp.bench.softmax_ops import Op, make_inputs
-from hybridsp.bench.softmax_report import describe, draw
-from hybridsp.bench.softmax_work import (
+from hybridsp.bench.softmax.model import Layer
+from hybridsp.bench.softmax.ops import Op, make_inputs
+from hybridsp.bench.softmax.report import describe, draw
+from hybridsp.bench.softmax.work import (
     DTYPES,
     FORWARDS,
     balance,
@@ -181,7 +182,7 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[st
     content["model"] = model_of(args, ways, content["cases"], *links_of(args, mesh))
     if args.check:
         record.save()
-        content["checks"] = softmax_check.check_all(ways, work_of(args, 1, 1), args.seed, mesh)
+        content["checks"] = check.check_all(ways, work_of(args, 1, 1), args.seed, mesh)
     return record.finish()
 
 

@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from hybridsp.bench.job import attempt
-from hybridsp.bench.linear_check import relative_error
-from hybridsp.bench.softmax_cases import PARALLEL, Way
-from hybridsp.bench.softmax_ops import Inputs, Raw, Results, make_inputs
-from hybridsp.bench.softmax_work import Work, document_bounds
+from hybridsp.bench.linear.check import relative_error
+from hybridsp.bench.softmax.cases import PARALLEL, Way
+from hybridsp.bench.softmax.ops import Inputs, Raw, Results, make_inputs
+from hybridsp.bench.softmax.work import Work, document_bounds
 from hybridsp.mesh import SPMesh, gather_objects
 
 TOKENS_PER_RANK = 256

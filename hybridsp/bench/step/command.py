@@ -1,7 +1,7 @@
 """`hybridsp bench step`: one training step of a whole model, beside what the planner says of it.
 
 A row is a model, a length and what is done about memory: ZeRO stage, optimizer offload, activation
-checkpointing and what it keeps where, tiles of the MLP (`step_case`). Options with commas are
+checkpointing and what it keeps where, tiles of the MLP (`case`). Options with commas are
 multiplied, so that one run is a table of what each technique brings, holds the planner's memory and
 time models against this machine, or compares models. Weights are random, or those of checkpoints
 (--checkpoint), tokens random or a text's (--text); the loss is the one before any update, and so
@@ -23,10 +23,10 @@ import torch
 
 from hybridsp.bench.job import attempt, attempt_each, job, one_voice
 from hybridsp.bench.report import Record, environment, make_folder
-from hybridsp.bench.step_case import Case, free, known_gpu, predict, take_steps
-from hybridsp.bench.step_data import ONE, OWN
-from hybridsp.bench.step_longest import find_longest
-from hybridsp.bench.step_options import (
+from hybridsp.bench.step.case import Case, free, known_gpu, predict, take_steps
+from hybridsp.bench.step.data import ONE, OWN
+from hybridsp.bench.step.longest import find_longest
+from hybridsp.bench.step.options import (
     DEFAULT_MODEL,
     DEFAULT_SHARE,
     DEFAULT_TOKENS,
@@ -34,7 +34,7 @@ from hybridsp.bench.step_options import (
     add_arguments,
     check,
 )
-from hybridsp.bench.step_report import describe, draw, row_of
+from hybridsp.bench.step.report import describe, draw, row_of
 from hybridsp.host_memory import host_memory
 from hybridsp.mesh import SPMesh, choose_degrees, gather_objects
 from hybridsp.planner import Cluster, Setting, load_shape

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hybridsp.bench.job import attempt
-from hybridsp.bench.linear_ops import (
+from hybridsp.bench.linear.ops import (
     DTYPES,
     FLA,
     Inputs,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from hybridsp.bench.options import add_out, names, size, sizes
-from hybridsp.bench.step_data import ONE, OWN
+from hybridsp.bench.step.data import ONE, OWN
 from hybridsp.planner import GPUS
 from hybridsp.planner.presets import PRESETS
 from hybridsp.planner.search import DTYPE_BYTES

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hybridsp.bench import linear_check, linear_kernels
+from hybridsp.bench.linear import check, kernels
 from hybridsp.bench.options import human_bytes
 from hybridsp.bench.report import finish_panel, format_table, new_figure, scaled
 from hybridsp.metrics import GIB
@@ -67,9 +67,9 @@ def describe(record: dict[str, Any], folder: Path) -> str:
     )
     parts = [title, format_table(COLUMNS, table_rows(record["cases"]))]
     if record["checks"]:
-        parts += [linear_check.TITLE, format_table(linear_check.COLUMNS, record["checks"])]
+        parts += [check.TITLE, format_table(check.COLUMNS, record["checks"])]
     if record["kernels"]:
-        parts += [linear_kernels.TITLE, format_table(linear_kernels.COLUMNS, record["kernels"])]
+        parts += [kernels.TITLE, format_table(kernels.COLUMNS, record["kernels"])]
     parts += record["traces"]
     return "\n\n".join([*parts, f"written to {folder}"])
 

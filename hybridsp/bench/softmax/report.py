@@ -1,6 +1,6 @@
 """What `hybridsp bench softmax` shows of its record: tables and a picture.
 
-In the picture a measurement is a marker. The dashed lines are the cost model's (`softmax_model`)
+In the picture a measurement is a marker. The dashed lines are the cost model's (`model`)
 and say so; they are drawn where a link is known, measured between ranks or given with --link.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hybridsp.bench import softmax_check
 from hybridsp.bench.options import human_bytes
 from hybridsp.bench.report import finish_panel, format_table, new_figure, scaled
-from hybridsp.bench.softmax_work import BALANCE_COLUMNS, BALANCE_TITLE, FORWARDS
+from hybridsp.bench.softmax import check
+from hybridsp.bench.softmax.work import BALANCE_COLUMNS, BALANCE_TITLE, FORWARDS
 from hybridsp.metrics import GIB
 
 COLUMNS = {
@@ -34,7 +34,7 @@ COLUMNS = {
 }
 CHECK_COLUMNS = {
     **{name: COLUMNS[name] for name in ("method", "backend", "split", "variant")},
-    **{name: name for name in softmax_check.TENSORS},
+    **{name: name for name in check.TENSORS},
 }
 
 
@@ -98,7 +98,7 @@ def describe(record: dict[str, Any], folder: Path) -> str:
         parts += [BALANCE_TITLE, format_table(BALANCE_COLUMNS, record["balance"])]
     if record["checks"]:
         rows = [{**row, **_named(row)} for row in record["checks"]]
-        parts += [softmax_check.TITLE, format_table(CHECK_COLUMNS, rows)]
+        parts += [check.TITLE, format_table(CHECK_COLUMNS, rows)]
     if record["model"] is not None:
         parts += _told_model(record["model"])
     parts += record["traces"]

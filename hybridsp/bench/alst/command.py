@@ -1,7 +1,7 @@
 """`hybridsp bench alst`: the rival, DeepSpeed's own ALST on the dense model, on the same GPUs.
 
 One training step of a dense model with random weights under Ulysses, tiled MLP and loss, activation
-checkpoints on the host and ZeRO-3, all of them DeepSpeed's (`alst_model`). The columns are those of
+checkpoints on the host and ZeRO-3, all of them DeepSpeed's (`model`). The columns are those of
 `hybridsp bench step`, and FLOPs are counted by the same formula, so that rows of both can stand in
 one table: start both on the same ranks, with the same tokens. What ALST refuses (heads that do not
 divide by the ranks) or what runs out of memory is a row that says so.
@@ -14,13 +14,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hybridsp.bench.alst_model import KERNELS, make_alst
+from hybridsp.bench.alst.model import KERNELS, make_alst
 from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import size
 from hybridsp.bench.report import Record, environment, format_table, make_folder
-from hybridsp.bench.step_case import WARMUP_STEPS, Case, free, known_gpu
-from hybridsp.bench.step_options import DEFAULT_TOKENS, add_step, add_switch
-from hybridsp.bench.step_report import COLUMNS, draw, row_of, table_row
+from hybridsp.bench.step.case import WARMUP_STEPS, Case, free, known_gpu
+from hybridsp.bench.step.options import DEFAULT_TOKENS, add_step, add_switch
+from hybridsp.bench.step.report import COLUMNS, draw, row_of, table_row
 from hybridsp.bench.timing import measure
 from hybridsp.mesh import SPMesh
 from hybridsp.planner import Setting, load_shape
@@ -158,7 +158,7 @@ def measure_all(
 def take_steps(
     case: Case, mesh: SPMesh, *, kernel: str | None, steps: int, warmup_tokens: int | None
 ) -> dict[str, Any]:
-    """The figures of a case. Collective over the world; see `step_case.take_steps`."""
+    """The figures of a case. Collective over the world; see `step.case.take_steps`."""
     alst = make_alst(case, mesh, kernel=kernel)
     losses: list[float] = []
     try:

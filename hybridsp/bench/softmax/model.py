@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybridsp.bench.softmax_work import FORWARDS, Work
+from hybridsp.bench.softmax.work import FORWARDS, Work
 from hybridsp.collectives.cost import Link
 from hybridsp.mesh import choose_degrees
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from hybridsp.attention.ring_choice import choose_variant
-from hybridsp.bench.softmax_ops import EmulatedRing, Inputs, Op, Parallel, Raw, backend_for
-from hybridsp.bench.softmax_work import DTYPES, Work, document_bounds
+from hybridsp.bench.softmax.ops import EmulatedRing, Inputs, Op, Parallel, Raw, backend_for
+from hybridsp.bench.softmax.work import DTYPES, Work, document_bounds
 from hybridsp.collectives.ring_links import ring_links
 from hybridsp.layout import head_shares, ring_layout
 from hybridsp.mesh import SPMesh

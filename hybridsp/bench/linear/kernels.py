@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hybridsp.bench.linear_ops import Inputs, Op, forward_backward
+from hybridsp.bench.linear.ops import Inputs, Op, forward_backward
 from hybridsp.ops.gla.contract import Tokens
 
 KERNELS = ("prepare_kernel", "walk_kernel", "scan_kernel", "gradient_kernel")

@@ -22,9 +22,10 @@ import torch
 from tqdm import tqdm
 
 from hybridsp.attention.linear import METHODS
-from hybridsp.bench import linear_check, linear_kernels, trace
+from hybridsp.bench import trace
 from hybridsp.bench.job import attempt, job, one_voice
-from hybridsp.bench.linear_ops import (
+from hybridsp.bench.linear import check, kernels
+from hybridsp.bench.linear.ops import (
     DTYPES,
     FLA,
     Inputs,
@@ -36,7 +37,7 @@ from hybridsp.bench.linear_ops import (
     make_inputs,
     parallel_op,
 )
-from hybridsp.bench.linear_report import describe, draw
+from hybridsp.bench.linear.report import describe, draw
 from hybridsp.bench.options import add_common, add_layer, names
 from hybridsp.bench.report import Record, environment, make_folder
 from hybridsp.bench.timing import Times, check_queued, copy_bandwidth, measure, seconds_of_one
@@ -138,7 +139,7 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[st
     record = Record(mesh, folder / "linear.json", content)
     measure_cases(args, mesh, folder, record)
     if args.check:
-        record.content["checks"] = linear_check.check_all(args, mesh)
+        record.content["checks"] = check.check_all(args, mesh)
         record.save()
     if args.kernels:
         record.content["kernels"] = _kernels(args, mesh, bandwidth)
@@ -293,9 +294,7 @@ def _kernels(args: argparse.Namespace, mesh: SPMesh, bandwidth: float) -> list[d
     """This rank's, without communication; the record holds rank 0's."""
     longest = max(case.shape.tokens for case in cases(args, mesh))
     inputs = make_inputs(shape_of(args, longest), mesh.device, seed=mesh.rank)
-    rows, reason = attempt(
-        lambda: linear_kernels.kernel_rows(local_op("triton"), inputs, bandwidth), mesh
-    )
+    rows, reason = attempt(lambda: kernels.kernel_rows(local_op("triton"), inputs, bandwidth), mesh)
     return rows or [{"job": "none", "reason": reason}]
 
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybridsp
 from hybridsp.bench.job import meet
-from hybridsp.bench.step_data import ONE, Sequence, random_sequence, text_sequence
-from hybridsp.bench.step_profile import profile_step
+from hybridsp.bench.step.data import ONE, Sequence, random_sequence, text_sequence
+from hybridsp.bench.step.profile import profile_step
 from hybridsp.bench.timing import measure
 from hybridsp.convert import hybrid_config
 from hybridsp.deepspeed_config import deepspeed_config, first_iteration

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from hybridsp.bench.step_case import Case
+from hybridsp.bench.step.case import Case
 from hybridsp.planner import Cluster, Job
 from hybridsp.planner.hardware import GIB
 from hybridsp.planner.memory import memory

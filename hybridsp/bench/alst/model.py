@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hybridsp.bench.step_case import Case, deepspeed_section
+from hybridsp.bench.step.case import Case, deepspeed_section
 from hybridsp.deepspeed_config import skip_inference_op
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.cross_entropy import IGNORED_LABEL

@@ -24,7 +24,7 @@ from hybridsp.attention import softmax_attention
 from hybridsp.attention.ring import attend, differentiate
 from hybridsp.attention.ring_plan import RingPlan
 from hybridsp.attention.ring_transport import Visits, add, take
-from hybridsp.bench.softmax_work import Work
+from hybridsp.bench.softmax.work import Work
 from hybridsp.layout import ring_layout
 from hybridsp.mesh import SPMesh
 from hybridsp.ops.softmax import Backend, choose_backend, why_not

@@ -28,12 +28,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hybridsp.bench import cost_model, trace
-from hybridsp.bench.cost_model import Fit, Measured, Scan
-from hybridsp.bench.job import attempt, job, one_voice
-from hybridsp.bench.options import add_common, human_bytes, names, size, sizes
-from hybridsp.bench.report import Record, environment, format_table, make_folder, scaled
-from hybridsp.bench.scan_cases import (
+from hybridsp.bench import trace
+from hybridsp.bench.all_scan import cost_model
+from hybridsp.bench.all_scan.cases import (
     ALL_GATHER,
     DIRECTIONS,
     KEY_DIM,
@@ -47,6 +44,10 @@ from hybridsp.bench.scan_cases import (
     shape_of,
     wire_bandwidth,
 )
+from hybridsp.bench.all_scan.cost_model import Fit, Measured, Scan
+from hybridsp.bench.job import attempt, job, one_voice
+from hybridsp.bench.options import add_common, human_bytes, names, size, sizes
+from hybridsp.bench.report import Record, environment, format_table, make_folder, scaled
 from hybridsp.bench.timing import Times, check_queued, measure
 from hybridsp.collectives.all_scan import ALGORITHMS
 from hybridsp.collectives.topology import topology

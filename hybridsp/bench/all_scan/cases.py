@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridsp.bench.cost_model import Scan
+from hybridsp.bench.all_scan.cost_model import Scan
 from hybridsp.bench.options import human_bytes
 from hybridsp.bench.timing import measure
 from hybridsp.collectives.all_scan import all_scan

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from hybridsp.bench.options import human_bytes
 from hybridsp.bench.report import finish_panel, format_table, new_figure, scaled
-from hybridsp.bench.step_case import Case
+from hybridsp.bench.step.case import Case
 from hybridsp.metrics import GIB
 from hybridsp.planner import GPUS
 
