@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from hybridsp.bench import report, timing
+from hybridsp.bench import record, timing
 from hybridsp.bench.job import attempt
-from hybridsp.bench.report import Record
+from hybridsp.bench.record import Record
 from hybridsp.bench.timing import measure
 from hybridsp.mesh import SPMesh, gather_objects
 
@@ -106,17 +106,17 @@ def test_a_rank_that_fails_alone_is_told_of(rank, place):
 
 
 def test_json_holds_no_nan(tmp_path):
-    report.write_json(tmp_path / "x.json", {"a": [1.5, float("nan")], "b": {"c": math.inf}})
+    record.write_json(tmp_path / "x.json", {"a": [1.5, float("nan")], "b": {"c": math.inf}})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.5, None], "b": {"c": None}}
 
 
 def test_a_record_that_cannot_be_written_leaves_the_older_one_whole(tmp_path):
     path = tmp_path / "x.json"
-    report.write_json(path, {"a": 1})
+    record.write_json(path, {"a": 1})
     for broken in ("os.replace", "os.fsync"):
         full = mock.patch(broken, side_effect=OSError(28, "disk full"))
         with full, pytest.raises(OSError, match="disk full"):
-            report.write_json(path, {"a": 2})
+            record.write_json(path, {"a": 2})
         assert json.loads(path.read_text()) == {"a": 1}
         assert os.listdir(tmp_path) == ["x.json"]
 
@@ -124,20 +124,20 @@ def test_a_record_that_cannot_be_written_leaves_the_older_one_whole(tmp_path):
 def keep_a_record(path):
     """A disk that is full for a while, and one that is full at the end."""
     mesh = SPMesh()
-    record = Record(mesh, path, {"cases": []})
-    full = mock.patch.object(report, "write_json", side_effect=OSError(28, "disk full"))
-    record.content["cases"].append(1)
+    kept = Record(mesh, path, {"cases": []})
+    full = mock.patch.object(record, "write_json", side_effect=OSError(28, "disk full"))
+    kept.content["cases"].append(1)
     if mesh.rank == 0:
         with full, pytest.warns(UserWarning, match=r"x\.json is not up to date: .*disk full"):
-            record.save()
+            kept.save()
         assert not path.exists()
-    record.content["cases"].append(2)
-    record.save()
+    kept.content["cases"].append(2)
+    kept.save()
     if mesh.rank == 0:
         assert json.loads(path.read_text()) == {"cases": [1, 2], "complete": False}
     with full, pytest.raises(ValueError if mesh.rank == 0 else SystemExit):
-        record.finish()
-    return record.finish()
+        kept.finish()
+    return kept.finish()
 
 
 def test_a_record_is_kept_by_the_first_rank(tmp_path):

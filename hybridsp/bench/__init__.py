@@ -12,7 +12,7 @@
 
 Each folder begins at `command`, a module with `add_arguments(parser)` and `run(args)` that is named
 in `cli.BENCHES`. What they share lies beside them: `job` starts the ranks, lets them meet and speak
-with one voice, `timing` measures a call, `trace` shows what hides behind what, and `report` keeps
-the record on disk and draws tables and pictures. Whatever cannot run is a row that says why, so
-that one run answers for a whole cluster.
+with one voice, `timing` measures a call, `trace` shows what hides behind what, `record` keeps what
+is found on disk, and `report` shows it in tables and pictures. Whatever cannot run is a row that
+says why, so that one run answers for a whole cluster.
 """

@@ -1,75 +1,21 @@
-"""What a benchmark leaves behind: a table on the screen, one JSON file, a picture.
+"""What a benchmark shows of its record: tables on the screen, and a picture.
 
-The JSON file is the record: what was asked, on what it ran, every case with its figures or the
-reason why it has none. It is written anew after every case, so that a run that is cut off leaves
-what it has, and says at its end that it is complete. Numbers in it are in SI units and their names
-say so; a number that is not finite is null. The table is for reading, and so rounded.
+Both are for reading: figures are rounded, and in the units that people think in. Those to count
+with are in the record (`hybridsp.bench.record`).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
-import socket
-import subprocess
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hybridsp.bench.job import one_voice
 from hybridsp.bench.options import human_bytes
-from hybridsp.files import write_atomically
-from hybridsp.mesh import SPMesh, gather_objects
 
 ABSENT = "-"
-
-
-def environment(mesh: SPMesh) -> dict[str, Any]:
-    """On what and when a benchmark runs. Collective over the world.
-
-    Returns:
-        chip, world, hosts, backend, threads (of the CPU), the versions of what computes, date
-        (local, with its offset from UTC), commit (None outside a git tree; "+" behind one with
-        changes) and command.
-    """
-    hosts = gather_objects(socket.gethostname())
-    on_gpu = mesh.device.type == "cuda"
-    return {
-        "chip": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
-        "world": mesh.world_size,
-        "hosts": len(set(hosts)),
-        "backend": dist.get_backend(),
-        "threads": torch.get_num_threads(),
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "flash-linear-attention": _version("flash-linear-attention"),
-        "hybridsp": _version("hybridsp"),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "command": " ".join(["hybridsp", *sys.argv[1:]]),
-    }
-
-
-def make_folder(name: str, out: Path | None) -> Path:
-    """The folder for the results, made now: a place that cannot be written is told at once.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    folder = out or Path("bench_results") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def format_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -103,46 +49,6 @@ def format_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) 
         lines.append(line(texts) + mark)
     lines += [f"[{n}] cannot run: {reason}" for n, reason in enumerate(reasons, start=1)]
     return "\n".join(lines)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a benchmark's record; see the module's text. Cut off, it leaves the older one whole."""
-    text = json.dumps(_finite(record), indent=1, allow_nan=False)
-    write_atomically(path, text + "\n")
-
-
-class Record:
-    """What a run has found so far, on every rank; rank 0 keeps its file up to date.
-
-    Args:
-        mesh: the job.
-        path: of the file.
-        content: what it begins with; more is put into it as it is found.
-    """
-
-    def __init__(self, mesh: SPMesh, path: Path, content: dict[str, Any]) -> None:
-        self.content = {**content, "complete": False}
-        self._mesh, self._path = mesh, path
-
-    def save(self) -> None:
-        """Write what there is. A file that cannot be written now costs the run no figures."""
-        if self._mesh.rank > 0:
-            return
-        try:
-            write_json(self._path, self.content)
-        except OSError as error:
-            warnings.warn(f"{self._path} is not up to date: {error}", stacklevel=2)
-
-    def finish(self) -> dict[str, Any]:
-        """Write the whole record and return it. Collective over the world.
-
-        Raises:
-            ValueError: the file cannot be written; other ranks than the first exit.
-        """
-        self.content["complete"] = True
-        with one_voice():
-            self._mesh.on_rank_zero(write_json, self._path, self.content)
-        return self.content
 
 
 def new_figure(panels: int) -> tuple[Figure, list[Any]]:
@@ -186,47 +92,3 @@ def _cell(value: Any) -> str:
         return f"{value:.1e}"
     digits = 3 - max(0, math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{max(digits, 0)}f}"
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for every number that JSON cannot hold."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    """The processor's name as Linux tells it; "CPU" elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that runs, if it is one."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None  # no git here, or none that answers: the record does without
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed package can lie inside somebody else's tree; ours tracks this file.
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
-    return f"{commit}+" if changes else commit

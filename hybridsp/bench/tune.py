@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from tqdm import tqdm
 
+from hybridsp.files import write_atomically
+
 if TYPE_CHECKING:
     from hybridsp.ops.gla.contract import Tokens
     from hybridsp.ops.gla.triton.tuning import Kernel, Launch
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name:40} {1e3 * seconds:8.3f} ms  (rule of thumb {1e3 * default:.3f})  {best}")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / tuning.file_of(chip)
-    path.write_text(tuning.dump(entries))
+    write_atomically(path, tuning.dump(entries))
     print(f"{path}: {len(entries)} launches for {chip}")
 
 

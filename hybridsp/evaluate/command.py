@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hybridsp.bench.job import attempt, job, one_voice
-from hybridsp.bench.report import Record, environment, make_folder
+from hybridsp.bench.record import Record, environment, make_folder
 from hybridsp.evaluate.agreement import score_text
 from hybridsp.evaluate.needle import NeedleSettings, find_needles
 from hybridsp.evaluate.options import Options, add_arguments

@@ -47,7 +47,8 @@ from hybridsp.bench.all_scan.cases import (
 from hybridsp.bench.all_scan.cost_model import Fit, Measured, Scan
 from hybridsp.bench.job import attempt, job, one_voice
 from hybridsp.bench.options import add_common, human_bytes, names, size, sizes
-from hybridsp.bench.report import Record, environment, format_table, make_folder, scaled
+from hybridsp.bench.record import Record, environment, make_folder
+from hybridsp.bench.report import format_table, scaled
 from hybridsp.bench.timing import Times, check_queued, measure
 from hybridsp.collectives.all_scan import ALGORITHMS
 from hybridsp.collectives.topology import topology

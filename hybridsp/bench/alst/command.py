@@ -17,7 +17,8 @@ from typing import Any
 from hybridsp.bench.alst.model import KERNELS, make_alst
 from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import size
-from hybridsp.bench.report import Record, environment, format_table, make_folder
+from hybridsp.bench.record import Record, environment, make_folder
+from hybridsp.bench.report import format_table
 from hybridsp.bench.step.case import WARMUP_STEPS, Case, free, known_gpu
 from hybridsp.bench.step.options import DEFAULT_TOKENS, add_step, add_switch
 from hybridsp.bench.step.report import COLUMNS, draw, row_of, table_row

@@ -39,7 +39,7 @@ from hybridsp.bench.linear.ops import (
 )
 from hybridsp.bench.linear.report import describe, draw
 from hybridsp.bench.options import add_common, add_layer, names
-from hybridsp.bench.report import Record, environment, make_folder
+from hybridsp.bench.record import Record, environment, make_folder
 from hybridsp.bench.timing import Times, check_queued, copy_bandwidth, measure, seconds_of_one
 from hybridsp.collectives.all_scan import ALGORITHMS
 from hybridsp.launch import rank_from_environment

@@ -22,7 +22,7 @@ from hybridsp.attention.ring_plan import VARIANTS
 from hybridsp.bench import trace
 from hybridsp.bench.job import attempt_each, job, one_voice
 from hybridsp.bench.options import add_common, add_layer, names, size, sizes
-from hybridsp.bench.report import Record, environment, make_folder
+from hybridsp.bench.record import Record, environment, make_folder
 from hybridsp.bench.softmax import check
 from hybridsp.bench.softmax.cases import (
     DOUBLE,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from hybridsp.bench.job import attempt, attempt_each, job, one_voice
-from hybridsp.bench.report import Record, environment, make_folder
+from hybridsp.bench.record import Record, environment, make_folder
 from hybridsp.bench.step.case import Case, free, known_gpu, predict, take_steps
 from hybridsp.bench.step.data import ONE, OWN
 from hybridsp.bench.step.longest import find_longest
