@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +26,8 @@ import torch.distributed as dist
 from hybridsp.bench.job import one_voice
 from hybridsp.files import write_atomically
 from hybridsp.mesh import SPMesh, gather_objects
+
+logger = logging.getLogger(__name__)
 
 
 def environment(mesh: SPMesh) -> dict[str, Any]:
@@ -87,13 +89,13 @@ class Record:
         try:
             write_json(self._path, self.content)
         except OSError as error:
-            warnings.warn(f"{self._path} is not up to date: {error}", stacklevel=2)
+            logger.warning("%s is not up to date: %s", self._path, error)
 
     def finish(self) -> dict[str, Any]:
         """Write the whole record and return it. Collective over the world.
 
         Raises:
-            ValueError: the file cannot be written; other ranks than the first exit.
+            ValueError: the file cannot be written; the other ranks exit with 2.
         """
         self.content["complete"] = True
         with one_voice():
