@@ -3,20 +3,16 @@
 import contextlib
 import importlib.util
 import io
-import itertools
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from distributed import run_ranks
 
 from hybridsp.attention.linear import METHODS
-from hybridsp.bench import timing
-from hybridsp.bench.all_scan import command as all_scan
 from hybridsp.cli import BENCHES, main
 
 ENVIRONMENT = {
@@ -97,53 +93,6 @@ def test_two_ranks(tmp_path):
     assert [code for code, _, _ in mistake] == [2, 2]
     assert "is no record of bench all-scan" in mistake[0][2]
     assert mistake[1][1:] == ("", "")
-
-
-def cut_off(lines):
-    """Each bench is stopped in the third call of its `measure`, or in a trace, as by ^C."""
-    for line in lines:
-        module = importlib.import_module(f"hybridsp.bench.{BENCHES[line[0]][0]}")
-        calls = itertools.count(1)
-
-        def measure(*args, calls=calls, **kwargs):
-            if next(calls) == 3:
-                raise KeyboardInterrupt
-            return timing.measure(*args, **kwargs)
-
-        with (
-            mock.patch.object(module, "measure", measure),
-            mock.patch("hybridsp.bench.trace.record", side_effect=KeyboardInterrupt),
-            pytest.raises(KeyboardInterrupt),
-        ):
-            main(["bench", *line])
-
-
-def test_what_is_cut_off_leaves_the_rows_it_has(tmp_path):
-    layer = ["--heads", "2", "--backends", "plain", "--tokens-per-rank", "16", "--repeats", "1"]
-    softmax = ["--kv-heads", "2", "--head-dim", "8", "--documents", "1"]
-    lines = [
-        ["linear", *layer, "--key-dim", "8", "--value-dim", "4", "--pass", "fwd"],
-        ["softmax", *layer, *softmax],  # two calls a row: forward, and with the backward
-        ["all-scan", "--bytes", "512", "--algorithms", "chain", "--repeats", "1"],
-        ["linear", *layer, "--key-dim", "8", "--value-dim", "4", "--pass", "fwd", "--trace"],
-    ]
-    folders = ["linear", "softmax", "all-scan", "trace"]
-    run_ranks(
-        cut_off,
-        2,
-        [[*line, "--out", str(tmp_path / to)] for line, to in zip(lines, folders, strict=True)],
-    )
-    for line, to, rows in zip(lines, folders, [2, 1, 2, 1], strict=True):
-        record = json.loads((tmp_path / to / f"{line[0]}.json").read_text())
-        assert [row["reason"] for row in record["cases"]] == [None] * rows
-        assert record["complete"] is False
-
-
-def test_a_record_that_was_cut_off_is_not_included(tmp_path):
-    path = tmp_path / "all-scan.json"
-    path.write_text(json.dumps({"bench": "all-scan", "cases": [], "complete": False}))
-    with pytest.raises(ValueError, match=r"all-scan\.json is of a run that was cut off"):
-        all_scan._read_included([path])
 
 
 def check_all_scan(record, out):

@@ -1,22 +1,17 @@
-"""What holds a benchmark's job together: meetings of its ranks, timing, and the record on disk."""
+"""What holds a benchmark's job together: meetings of its ranks, and timing."""
 
-import json
-import math
-import os
 import time
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from hybridsp.bench import record, timing
+from hybridsp.bench import timing
 from hybridsp.bench.job import attempt
-from hybridsp.bench.record import Record
 from hybridsp.bench.timing import measure
-from hybridsp.mesh import SPMesh, gather_objects
+from hybridsp.mesh import gather_objects
 
 TWO = SimpleNamespace(device=torch.device("cpu"), world_size=2)
 
@@ -103,46 +98,3 @@ def test_a_rank_that_fails_alone_is_told_of(rank, place):
     for failed, next_one in run_ranks(failing, 2, rank, place):
         assert failed == (None, reason)
         assert next_one == ([0, 1], None)
-
-
-def test_json_holds_no_nan(tmp_path):
-    record.write_json(tmp_path / "x.json", {"a": [1.5, float("nan")], "b": {"c": math.inf}})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.5, None], "b": {"c": None}}
-
-
-def test_a_record_that_cannot_be_written_leaves_the_older_one_whole(tmp_path):
-    path = tmp_path / "x.json"
-    record.write_json(path, {"a": 1})
-    for broken in ("os.replace", "os.fsync"):
-        full = mock.patch(broken, side_effect=OSError(28, "disk full"))
-        with full, pytest.raises(OSError, match="disk full"):
-            record.write_json(path, {"a": 2})
-        assert json.loads(path.read_text()) == {"a": 1}
-        assert os.listdir(tmp_path) == ["x.json"]
-
-
-def keep_a_record(path):
-    """A disk that is full for a while, and one that is full at the end."""
-    mesh = SPMesh()
-    kept = Record(mesh, path, {"cases": []})
-    full = mock.patch.object(record, "write_json", side_effect=OSError(28, "disk full"))
-    kept.content["cases"].append(1)
-    if mesh.rank == 0:
-        with full, mock.patch.object(record.logger, "warning") as warning:
-            kept.save()
-        assert "disk full" in str(warning.call_args)
-        assert not path.exists()
-    kept.content["cases"].append(2)
-    kept.save()
-    if mesh.rank == 0:
-        assert json.loads(path.read_text()) == {"cases": [1, 2], "complete": False}
-    with full, pytest.raises(ValueError if mesh.rank == 0 else SystemExit):
-        kept.finish()
-    return kept.finish()
-
-
-def test_a_record_is_kept_by_the_first_rank(tmp_path):
-    path = tmp_path / "x.json"
-    whole = {"cases": [1, 2], "complete": True}
-    assert run_ranks(keep_a_record, 2, path) == [whole] * 2
-    assert json.loads(path.read_text()) == whole

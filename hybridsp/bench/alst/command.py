@@ -169,6 +169,7 @@ def take_steps(
         release(alst.engine)  # also where memory ran out: the next case needs it
     return {
         **times.as_json(),
+        "warmup_calls": WARMUP_STEPS,
         "tokens_per_second": case.length / times.median,
         "loss": losses[0],
         "parameters": case.shape.parameters,

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hybridsp.bench.job import attempt
+from hybridsp.bench.job import attempt, meet
 from hybridsp.bench.linear.check import relative_error
 from hybridsp.bench.softmax.cases import PARALLEL, Way
 from hybridsp.bench.softmax.ops import Inputs, Raw, Results, make_inputs
 from hybridsp.bench.softmax.work import Work, document_bounds
-from hybridsp.mesh import SPMesh, gather_objects
+from hybridsp.mesh import SPMesh
 
 TOKENS_PER_RANK = 256
 DOCUMENTS = 3
@@ -64,5 +64,5 @@ def _errors(
     results: Results = way.op(inputs, work).results()
     mine = [relative_error(x, right.double()) for x, right in zip(results, exact, strict=True)]
     # As a tensor, because Python's max hides a NaN.
-    worst = torch.tensor(gather_objects(mine), dtype=torch.float64).amax(dim=0).tolist()
+    worst = torch.tensor(meet(mine), dtype=torch.float64).amax(dim=0).tolist()
     return dict(zip(TENSORS, worst, strict=True))

@@ -149,6 +149,7 @@ def take_steps(
     pairs = 1.0 if case.sequence.pairs is None else case.sequence.pairs
     return {
         **times.as_json(),
+        "warmup_calls": WARMUP_STEPS,
         "tokens_per_second": case.length * mesh.dp / times.median,
         "loss": results[0].loss,
         "last_loss": results[steps - 1].loss,
