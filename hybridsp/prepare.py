@@ -7,6 +7,7 @@ is read. Whoever trains by a recipe goes this way, so that all train the same mo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from hybridsp.pretrained import (
 )
 from hybridsp.recipe import Recipe
 from hybridsp.untrusted import shown
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -114,6 +117,8 @@ def load_prepared(recipe: Recipe, mesh: SPMesh, config: Mapping[str, Any]) -> Pr
         ValueError: the checkpoint is not whole, or cannot be parallelized; on every rank.
     """
     shards = config.get("zero_optimization", {}).get("stage") == 3
+
+    logger.info("loading %s", recipe.model)
 
     def load() -> PreTrainedModel:
         check_safetensors(recipe.model)

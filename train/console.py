@@ -29,6 +29,8 @@ from hybridsp.recipe import Recipe, one_line
 from hybridsp.self_check import SelfCheckError
 from hybridsp.untrusted import redact
 
+logger = logging.getLogger(__name__)
+
 # Errors that say by themselves what the user can mend: the project's own, and a file or disk's.
 USER_ERRORS = (ValueError, OSError, SelfCheckError)
 
@@ -96,6 +98,7 @@ def watched_job(recipe: Recipe, output_dir: str | Path) -> Iterator[tuple[SPMesh
     patience = max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=recipe.hang_timeout))
     mesh = SPMesh(ring=recipe.ring, ulysses=recipe.ulysses, timeout=patience)
     keep_quiet(is_main=mesh.rank == 0)
+    logger.info("%d ranks have met", mesh.world_size)
     watchdog = Watchdog(mesh, output_dir, hang_timeout=recipe.hang_timeout, user_errors=USER_ERRORS)
     with watchdog:
         yield mesh, watchdog.position

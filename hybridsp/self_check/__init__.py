@@ -71,6 +71,8 @@ def self_check(engine: Any, mesh: SPMesh) -> str:
         SelfCheckError: on every rank, with every rank's findings.
     """
     start = time.perf_counter()
+    if mesh.rank == 0:
+        logger.info("checking on a few tokens that the cut sequence trains as the whole one does")
     problems, sharding = sharding_problems(engine, mesh)
     if mesh.sp == 1:
         proven = "sp = 1, so no sequence is cut"
