@@ -1,6 +1,7 @@
 """What holds a benchmark's job together: meetings of its ranks, and timing."""
 
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
-from hybridsp.bench import timing
+from hybridsp.bench import job, timing
 from hybridsp.bench.job import attempt
 from hybridsp.bench.timing import measure
 from hybridsp.mesh import gather_objects
@@ -89,6 +90,28 @@ def failing(rank, place):
         return times
 
     return attempt(work, TWO), attempt(lambda: gather_objects(dist.get_rank()), TWO)
+
+
+class Held:
+    """Stands for what fills a GPU."""
+
+
+def test_what_failed_is_let_go_of_before_the_others_are_told(monkeypatch):
+    """Telling them takes memory, of which there may be none left."""
+    held, alive = [], []
+
+    def work():
+        fills = Held()
+        held.append(weakref.ref(fills))
+        raise torch.OutOfMemoryError("out of memory")
+
+    def gather(value):
+        alive.append(held[0]() is not None)
+        return [value]
+
+    monkeypatch.setattr(job, "gather_objects", gather)
+    assert attempt(work, TWO) == (None, "OutOfMemoryError: out of memory")
+    assert alive == [False]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

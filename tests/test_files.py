@@ -17,7 +17,9 @@ def test_what_is_interrupted_leaves_the_old_file(owner, step, error, tmp_path, m
     path = tmp_path / "record.json"
     write_atomically(path, "old")
 
-    def interrupt(*_args, **_kwargs):
+    def interrupt(path, *_args, **_kwargs):
+        if step == "write_text":
+            path.write_bytes(b"ne")
         raise error
 
     with monkeypatch.context() as patch:

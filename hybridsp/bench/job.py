@@ -84,25 +84,28 @@ def attempt(
     A rank that fails where the others, in `work`, `meet` next is told of, and so is one behind
     whose failure `work` does not communicate any more. One that fails alone before some other
     collective, for lack of memory say, leaves the others waiting in that, where nobody can tell
-    them: they fail at the group's timeout, by an error or, under NCCL, by the end of the process.
+    them: they fail at the group's timeout, by an error or, under NCCL, by the end of the process;
+    at once if they gather objects there, and cannot read its message.
 
     Refusals and lack of memory are reasons, and whatever else PyTorch reports as a RuntimeError;
     other errors are bugs of ours and are raised. Of `foreign` code every error is a reason.
     """
     reasons_here = (Exception,) if foreign else (ValueError, RuntimeError, ImportError)
-    result, reason = None, None
+    result, failed, reason = None, None, None
     try:
         result = work()
-        meet(None)
     except RankFailedError as error:
-        result, reason = None, str(error)
+        reason = str(error)
     except reasons_here as error:
         speaks = isinstance(error, (ValueError, ImportError))
         text = str(error) if speaks else f"{type(error).__name__}: {error}"
-        reason = _first_failure(gather_objects(Failed(" ".join(text.split()))))
+        failed = Failed(" ".join(text.split()))
+    # Behind the handlers, which hold on to all that `work` had on the GPU.
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
-    return result, reason
+    if reason is None:
+        reason = _first_failure(gather_objects(failed))
+    return (result if reason is None else None), reason
 
 
 def meet(value: T) -> list[T]:

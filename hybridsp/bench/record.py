@@ -81,6 +81,7 @@ class Record:
     def __init__(self, mesh: SPMesh, path: Path, content: dict[str, Any]) -> None:
         self.content = {**content, "complete": False}
         self._mesh, self._path = mesh, path
+        self.save()  # in the place of another run's
 
     def save(self) -> None:
         """Write what there is. A file that cannot be written now costs the run no figures."""
@@ -91,8 +92,8 @@ class Record:
         except OSError as error:
             logger.warning("%s is not up to date: %s", self._path, error)
 
-    def finish(self) -> dict[str, Any]:
-        """Write the whole record and return it. Collective over the world.
+    def finish(self) -> None:
+        """Write the whole record: show it first, in case that fails. Collective over the world.
 
         Raises:
             ValueError: the file cannot be written; the other ranks exit with 2.
@@ -100,7 +101,6 @@ class Record:
         self.content["complete"] = True
         with one_voice():
             self._mesh.on_rank_zero(write_json, self._path, self.content)
-        return self.content
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -76,10 +76,17 @@ def _record(call: Callable[[], Any], mesh: SPMesh, path: Path, beside: str) -> s
             call()
             synchronize(mesh)
         if last and profiler is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(path))
-            line = describe(json.loads(path.read_text())["traceEvents"], beside)
+            line = _exported(profiler, path, beside)
     return line
+
+
+def _exported(profiler: profile, path: Path, beside: str) -> str:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        return describe(json.loads(path.read_text())["traceEvents"], beside)
+    except OSError as error:
+        return f"it cannot be written: {error}"
 
 
 def describe(events: Sequence[Mapping[str, Any]], beside: str = "the scan") -> str:

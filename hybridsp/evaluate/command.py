@@ -87,10 +87,11 @@ class Evaluation:
             subject = subject or load_subject(name, path, self.world, self.dtype)
             self.results[name] = self._ask(name, subject, teacher)
             record.save()
+        if self.world.rank == 0:
+            print(render(self.results))
         record.finish()
         if self.world.rank == 0:
             draw(folder / "eval.png", self.results)
-            print(render(self.results))
             print(f"\nwritten: {folder}/eval.json, {folder}/eval.png")
 
     def _ask(self, name: str, subject: Subject, teacher: Subject | None) -> dict[str, Any]:

@@ -134,10 +134,11 @@ def run(args: argparse.Namespace) -> None:
         measure_cases(args, mesh, shapes, folder, record)
         points = [*scans_measured(record.content["cases"]), *included]
         fits = add_fits(record.content, points)
+        if mesh.rank == 0:
+            print(describe(record.content, fits, folder))
         record.finish()
         if mesh.rank == 0:
             _draw(record.content, points, fits, folder)
-            print(describe(record.content, fits, folder))
 
 
 def _header(

@@ -84,8 +84,10 @@ def run(args: argparse.Namespace) -> None:
             folder = whole.on_rank_zero(make_folder, "alst", args.out)
         record = measure_all(args, todo, SPMesh(ulysses=whole.world_size), folder)
         if whole.rank == 0:
-            draw(record, folder / "alst.png")
-            print(describe(record, folder))
+            print(describe(record.content, folder))
+        record.finish()
+        if whole.rank == 0:
+            draw(record.content, folder / "alst.png")
 
 
 def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
@@ -129,10 +131,8 @@ def cases(args: argparse.Namespace, mesh: SPMesh) -> list[Case]:
     ]
 
 
-def measure_all(
-    args: argparse.Namespace, todo: list[Case], mesh: SPMesh, folder: Path
-) -> dict[str, Any]:
-    """The record of a run, which is also written to the folder. Collective."""
+def measure_all(args: argparse.Namespace, todo: list[Case], mesh: SPMesh, folder: Path) -> Record:
+    """The record of a run, to be finished. Collective."""
     gpu = args.gpu or known_gpu(mesh)
     rows: list[dict[str, Any]] = []
     content = {
@@ -153,7 +153,7 @@ def measure_all(
         free(mesh)
         rows.append(row_of(case, figures or {}, {}, gpu, reason))
         record.save()
-    return record.finish()
+    return record
 
 
 def take_steps(

@@ -119,12 +119,14 @@ def run(args: argparse.Namespace) -> None:
             folder = mesh.on_rank_zero(make_folder, "linear", args.out)
         record = measure_all(args, mesh, folder)
         if mesh.rank == 0:
-            draw(record["cases"], folder / "linear.png", record["environment"])
-            print(describe(record, folder))
+            print(describe(record.content, folder))
+        record.finish()
+        if mesh.rank == 0:
+            draw(record.content["cases"], folder / "linear.png", record.content["environment"])
 
 
-def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[str, Any]:
-    """The record of a run, which is also written to the folder. Collective."""
+def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> Record:
+    """The record of a run, to be finished. Collective."""
     bandwidth = copy_bandwidth(mesh, repeats=args.repeats)
     content: dict[str, Any] = {
         "bench": "linear",
@@ -143,7 +145,7 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[st
         record.save()
     if args.kernels:
         record.content["kernels"] = _kernels(args, mesh, bandwidth)
-    return record.finish()
+    return record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,12 +159,14 @@ def run(args: argparse.Namespace) -> None:
             folder = mesh.on_rank_zero(make_folder, "softmax", args.out)
         record = measure_all(args, mesh, folder)
         if mesh.rank == 0:
-            draw(record, folder / "softmax.png")
-            print(describe(record, folder))
+            print(describe(record.content, folder))
+        record.finish()
+        if mesh.rank == 0:
+            draw(record.content, folder / "softmax.png")
 
 
-def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[str, Any]:
-    """The record of a run, which is also written to the folder. Collective."""
+def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> Record:
+    """The record of a run, to be finished. Collective."""
     ways = all_ways(args, mesh)
     content: dict[str, Any] = {
         "bench": "softmax",
@@ -183,7 +185,7 @@ def measure_all(args: argparse.Namespace, mesh: SPMesh, folder: Path) -> dict[st
     if args.check:
         record.save()
         content["checks"] = check.check_all(ways, work_of(args, 1, 1), args.seed, mesh)
-    return record.finish()
+    return record
 
 
 def measure_cases(

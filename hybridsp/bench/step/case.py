@@ -132,6 +132,7 @@ def take_steps(
         profiled: take one more step, and say what its time went into.
     """
     batch = hybridsp.shard_batch(case.sequence.batch, mesh)
+    meet(None)  # all have their batch, before what knows of no meetings
     engine = make_engine(case, mesh)
     results: list[hybridsp.engine.StepResult] = []
     _forget_peaks(mesh)

@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> None:
             folder = whole.on_rank_zero(make_folder, "step", args.out)
         record = measure_all(args, todo, whole, folder)
         if whole.rank == 0:
-            draw(record, folder / "step.png")
-            print(describe(record, folder))
+            print(describe(record.content, folder))
+        record.finish()
+        if whole.rank == 0:
+            draw(record.content, folder / "step.png")
 
 
-def measure_all(
-    args: argparse.Namespace, todo: list[Case], whole: SPMesh, folder: Path
-) -> dict[str, Any]:
-    """The record of a run, which is also written to the folder. Collective."""
+def measure_all(args: argparse.Namespace, todo: list[Case], whole: SPMesh, folder: Path) -> Record:
+    """The record of a run, to be finished. Collective."""
     table = Table(args, whole, folder)
     for case, figures, reason in attempt_each(todo, table.measure, whole, name="step"):
         table.add(case, figures, reason)
@@ -82,7 +82,7 @@ def measure_all(
 
         found = find_longest(todo, table.rows, attempt_once, args.longest, table.cluster())
         table.record.content["longest"] = [each._asdict() for each in found]
-    return table.record.finish()
+    return table.record
 
 
 class Table:
