@@ -287,6 +287,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"hybridsp {args.command}: error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        from hybridsp.launch import rank_from_environment
+
+        if rank_from_environment().rank == 0:
+            print(f"hybridsp {args.command}: interrupted", file=sys.stderr)
+        return 130  # as shells have it: 128 + SIGINT
     return 0
 
 

@@ -91,7 +91,10 @@ def _load_files(files: list[Path], source: str | PathLike[str]) -> Dataset:
 def _text_column(documents: Dataset, text_field: str, source: str | PathLike[str]) -> Dataset:
     what = f"text_field={text_field!r} of source={str(source)!r}"
     if text_field not in documents.column_names:
-        raise ValueError(f"{what} does not exist; the columns are {documents.column_names}")
+        raise ValueError(
+            f"{what} does not exist; the columns are {documents.column_names}: rename the one that "
+            f"holds the text to {text_field!r}"
+        )
     if not len(documents):
         raise ValueError(f"{what} has no documents")
     documents = documents.select_columns(text_field)

@@ -33,6 +33,7 @@ from hybridsp.faults import (
 from hybridsp.faults.board import Notice
 from hybridsp.faults.watchdog import hang_report
 from hybridsp.host_memory import HostMemory
+from hybridsp.train.console import errors_of_users
 
 HANG_SECONDS, TICK = 3, 0.5
 # From the fault to the end of the last rank: the grace of the ranks that do not speak, and reserve
@@ -350,3 +351,12 @@ def test_memory_that_runs_out_is_told(monkeypatch):
     monkeypatch.setattr(resources, "host_memory", lambda: None)
     assert resources.memory_warning() is None
     assert watchdog.MEMORY_EVERY > 1
+
+
+def test_an_interrupt_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end, errors_of_users(show_traceback=False):
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert capsys.readouterr().err == (
+        "interrupted: start again to go on from the last checkpoint\n"
+    )

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Errors that say by themselves what the user can mend: the project's own, and a file or disk's.
 USER_ERRORS = (ValueError, OSError, SelfCheckError)
+EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
 def keep_quiet(is_main: bool) -> None:
@@ -64,7 +65,7 @@ def _let_hybridsp_speak() -> None:
 
 @contextlib.contextmanager
 def errors_of_users(*, show_traceback: bool) -> Iterator[None]:
-    """Turn one of `USER_ERRORS` into a line of rank 0 and exit code 2."""
+    """Turn one of `USER_ERRORS` into a line of rank 0 and exit code 2; ^C likewise, with 130."""
     try:
         yield
     except USER_ERRORS as error:
@@ -78,6 +79,10 @@ def errors_of_users(*, show_traceback: bool) -> Iterator[None]:
         whose = "error" if rank == 0 else f"error on rank {rank}"
         print(f"{whose}: {redact(one_line(error))}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if rank_from_environment().rank == 0:
+            print("interrupted: start again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager
@@ -98,7 +103,7 @@ def watched_job(recipe: Recipe, output_dir: str | Path) -> Iterator[tuple[SPMesh
     patience = max(COLLECTIVE_TIMEOUT, 2 * timedelta(seconds=recipe.hang_timeout))
     mesh = SPMesh(ring=recipe.ring, ulysses=recipe.ulysses, timeout=patience)
     keep_quiet(is_main=mesh.rank == 0)
-    logger.info("%d ranks have met", mesh.world_size)
+    logger.info("ranks that have met: %d", mesh.world_size)
     watchdog = Watchdog(mesh, output_dir, hang_timeout=recipe.hang_timeout, user_errors=USER_ERRORS)
     with watchdog:
         yield mesh, watchdog.position

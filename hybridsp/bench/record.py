@@ -66,6 +66,7 @@ def make_folder(name: str, out: Path | None) -> Path:
     """
     folder = out or Path("bench_results") / f"{name}-{datetime.now():%Y-%m-%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"results go to {folder}", file=sys.stderr, flush=True)
     return folder
 
 

@@ -81,6 +81,8 @@ def load_checkpoint(
             load_reshaped(engine, directory, names)
         _say(mesh, "%s was saved at %s; it is cut anew for %s", directory, *_cuts(manifest, run))
     _restore_generators(mesh, directory, manifest)
+    if mesh.rank == 0:
+        logger.info("resumed from %s", directory)
     return client_state
 
 

@@ -102,7 +102,9 @@ class Evaluation:
             "context": lambda: _context(loss_by_context(subject, self._windows()), self.trained),
         }
         found: dict[str, Any] = {}
-        for task in tqdm(options.tasks, desc=name, unit="task", disable=self.world.rank > 0):
+        bar = tqdm(options.tasks, desc=name, unit="task", disable=self.world.rank > 0)
+        for task in bar:
+            bar.set_postfix_str(task)
             if task == "needle":
                 found[task] = self._needles(subject)
             else:
